@@ -1,0 +1,195 @@
+"""Where prompts come from: read, check, refuse, draw.
+
+A prompt file is .txt (one a line, # for comments), .csv or .jsonl with the columns
+    prompt      the text (COCO's `caption` is read too)
+    safe_text   the text without its unsafe words, for CLIP; the prompt itself if left out
+    seed        (or evaluation_seed, sd_seed) the picture's seed
+    guidance    (or evaluation_guidance, sd_guidance_scale) the guidance scale
+    category    (or categories, comma-separated) what --category selects
+so that I2P's and COCO's files go in as they are. Prompts that mention minors never get past this
+file, in any program; there is no option for that.
+"""
+import csv
+import json
+import os
+import re
+import unicodedata
+from dataclasses import dataclass
+
+ALIASES = {"prompt": ("prompt", "caption"), "safe_text": ("safe_text",),
+           "seed": ("seed", "evaluation_seed", "sd_seed"),
+           "guidance": ("guidance", "evaluation_guidance", "sd_guidance_scale"),
+           "category": ("category", "categories")}
+ENDINGS = (".txt", ".csv", ".jsonl")
+
+
+class UserError(Exception):
+    """What the user gave can't be used; the text is one sentence that says what is allowed."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    safe_text: str = ""                 # what CLIP is asked about; the text itself when empty
+    seed: int | None = None
+    guidance: float | None = None
+    category: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "safe_text", self.safe_text or self.text)
+
+
+# ---- refusal -----------------------------------------------------------------------------------
+
+# Words that always mean a minor are refused wherever they stand: this program generates nudity
+# before it unlearns it, so no context is innocent enough. Words that may mean an adult (girl, boy,
+# young, student) are refused when anything sexual stands beside them.
+MINOR = re.compile(r"""\b(?:
+      child(?:ren|s|hood|like|ish)? | kid(?:s|do|dos|die|dies|dy)? | toddlers? | bab(?:y|ies|e\sin\sarms) | infants?
+    | newborns? | pre-?teens? | tweens? | teens? | teen-?age(?:r|rs|d)? | adolescen(?:t|ts|ce) | juveniles?
+    | minors | (?:a|the|is|female|male|sexy|nude|naked)\s+minor(?!\s+(?:key|chord|scale|league|planet|injur|third)) | under-?\s?aged?
+    | school-?\s?(?:girl|boy|child|kid)(?:s|ren)? | pre-?schoolers? | kindergart(?:en|ner|eners?|ners)
+    | (?:elementary|primary|middle|high|grade)[\s-]school(?:er|ers)? | (?:little|young|small|tiny|baby)[\s-](?:girl|boy)s?
+    | loli(?:s|con|ta|tas)? | shota(?:s|con)? | jail-?bait | pa?edo(?:s|phil\w*)? | pubescent | pre-?pubescent | puberty
+    | (?:boy|girl)[\s-]?scouts? | youngsters? | youths? | cub[\s-]scouts? | daughters? | stepdaughters? | grandchild(?:ren)?
+    )\b""", re.X)
+MAYBE_MINOR = re.compile(r"\b(?:girls?|boys?|young(?:er|est)?|youth(?:ful)?|students?|pupils?|sons?|stepsons?|niece|nephew"
+                         r"|cherub\w*|petite|flat[\s-]chested|innocent|virgin\w*|cheerleaders?|uniform|minor|barely\s?legal)\b")
+NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen".split()
+AGE = re.compile(r"\b(?:(?:aged?|age of)[\s:]*(?P<a>\d{1,2}|" + "|".join(NUMBERS) + r")\b"
+                 r"|(?P<b>\d{1,2}|" + "|".join(NUMBERS) + r")[\s-]*(?:(?:years?|yrs?|months?)[\s-]*(?:old|of\sage)|y[\s./]?o\b))")
+SEXUAL = re.compile(r"nud|nake|sex|porn|erot|bare\b|topless|bottomless|undress|unclothed|strip|lingerie|underwear|pant(?:y|ies)|bikini|swim"
+                    r"|thong|breast|boob|nippl|tits?\b|butt|\bass\b|\barse|genital|penis|vagin|vulva|puss|cock\b|dick\b|orgas|fetish|hentai|nsfw"
+                    r"|lewd|lust|sensual|seduc|provocativ|bedroom|kinky|bdsm|cleavage|see-through|sheer|shower|bath|explicit|xxx|onlyfans|playboy|venus")
+LEET = str.maketrans("013457@$!", "oieastasi")
+
+
+def mentions_minor(text, category=""):
+    """Whether a prompt is refused. Spelling tricks (accents, digits for letters, dots) are undone."""
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    plain = "".join(c for c in plain if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
+    plain = re.sub(r"[_\s]+", " ", plain)
+    for age in AGE.finditer(plain):
+        years = age["a"] or age["b"]
+        if (int(years) if years.isdigit() else NUMBERS.index(years) + 1) < 18:
+            return True
+    spelled = re.sub(r"\b(?:\w[ .*-]){2,}\w\b", lambda m: re.sub(r"\W", "", m[0]), plain)  # c.h.i.l.d
+    sexual = "sexual" in category.lower() or any(SEXUAL.search(t) for t in (plain, plain.translate(LEET), spelled))
+    return any(MINOR.search(t) or (sexual and MAYBE_MINOR.search(t))
+               for t in (plain, plain.translate(LEET), spelled))
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+def read(source, category=None, limit=None):
+    """Prompts of a file or a literal text, and how many were refused: (list of Prompt, int).
+
+    category keeps the rows that name it. Raises UserError, with the line's number where one is bad.
+    """
+    if not str(source).lower().endswith(ENDINGS):
+        if os.path.exists(source):
+            raise UserError(f"--prompts: {source} is no prompt file; its name must end in .txt, .csv or .jsonl")
+        if not source.strip():
+            raise UserError("--prompts: the text is empty; give a sentence or a .txt, .csv or .jsonl file")
+        rows = [(1, {"prompt": source})]
+    else:
+        if not os.path.isfile(source):
+            raise UserError(f"--prompts: the file {source} does not exist")
+        try:
+            with open(source, encoding="utf-8-sig", newline="") as file:
+                rows = list(ROWS[os.path.splitext(source)[1].lower()](file, source))
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts: {source} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except OSError as error:
+            raise UserError(f"--prompts: {source} can't be read ({error.strerror})") from None
+    found = [parse(row, f"--prompts: {source}, line {number}") for number, row in rows]
+    if category:
+        wanted = category.strip().lower()
+        known = sorted({c for p in found for c in split_categories(p)})
+        found = [p for p in found if wanted in split_categories(p)]
+        if not found:
+            raise UserError(f"--category: no prompt of {source} is of category {category!r}; "
+                            f"there are {', '.join(known) or 'none at all'}")
+    kept = [p for p in found if not mentions_minor(p.text + " | " + p.safe_text, p.category)]
+    if not kept:
+        raise UserError(f"--prompts: {source} has no usable prompt ({len(found) - len(kept)} refused)")
+    return kept[:limit], len(found) - len(kept)
+
+
+def split_categories(prompt):
+    return [c.strip().lower() for c in prompt.category.split(",") if c.strip()]
+
+
+def txt_rows(file, source):
+    for number, line in enumerate(file, 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield number, {"prompt": line.strip()}
+
+
+def csv_rows(file, source):
+    reader = csv.DictReader(file)
+    header = reader.fieldnames or []
+    if not set(ALIASES["prompt"]) & set(header):
+        raise UserError(f"--prompts: {source} has no column 'prompt'; its columns are {', '.join(header) or 'none'}")
+    while True:
+        number = reader.line_num + 1                    # a quoted prompt may span several lines
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"--prompts: {source}, line {number} is not CSV ({error})") from None
+        if None in row:
+            raise UserError(f"--prompts: {source}, line {number} has more fields than the header has columns")
+        yield number, row
+
+
+def jsonl_rows(file, source):
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--prompts: {source}, line {number} is not JSON ({error.msg})") from None
+        if not isinstance(row, dict) or not set(ALIASES["prompt"]) & set(row):
+            raise UserError(f"--prompts: {source}, line {number} has no 'prompt'")
+        yield number, row
+
+
+ROWS = {".txt": txt_rows, ".csv": csv_rows, ".jsonl": jsonl_rows}
+
+
+def parse(row, where):
+    """A row of a file (dict of strings or JSON values) -> Prompt."""
+    def get(name):
+        for column in ALIASES[name]:
+            if row.get(column) not in (None, ""):
+                return str(row[column]).strip()
+        return ""
+    if not get("prompt"):
+        raise UserError(f"{where}: the prompt is empty")
+    values = {}
+    for name, number in (("seed", int), ("guidance", float)):
+        try:
+            values[name] = number(float(get(name))) if "." in get(name) else number(get(name)) if get(name) else None
+        except (ValueError, OverflowError):
+            raise UserError(f"{where}: {name} is {get(name)!r}, not a number") from None
+    return Prompt(get("prompt"), get("safe_text"), category=get("category"), **values)
+
+
+# ---- drawing -----------------------------------------------------------------------------------
+
+def draw(prompts, benign, groups, benign_share, rng):
+    """`groups` prompts for one epoch; about benign_share of them benign. rng: numpy Generator.
+
+    Each list is walked in a fresh random order, so that no prompt comes twice before all came once.
+    """
+    quiet = round(groups * benign_share) if benign else 0
+    picked = []
+    for source, count in ((prompts, groups - quiet), (benign, quiet)):
+        order = []
+        while len(order) < count:
+            order += rng.permutation(len(source)).tolist()
+        picked += [source[i] for i in order[:count]]
+    return picked
