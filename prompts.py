@@ -14,7 +14,6 @@ import json
 import os
 import re
 import unicodedata
-from dataclasses import dataclass
 
 ALIASES = {"prompt": ("prompt", "caption"), "safe_text": ("safe_text",),
            "seed": ("seed", "evaluation_seed", "sd_seed"),
@@ -27,16 +26,15 @@ class UserError(Exception):
     """What the user gave can't be used; the text is one sentence that says what is allowed."""
 
 
-@dataclass(frozen=True)
-class Prompt:
-    text: str
-    safe_text: str = ""                 # what CLIP is asked about; the text itself when empty
-    seed: int | None = None
-    guidance: float | None = None
-    category: str = ""
+class Prompt(str):
+    """A prompt is its text, with what else its row said: safe_text is what CLIP is asked about (the
+    text itself unless given), seed and guidance are None unless given."""
 
-    def __post_init__(self):
-        object.__setattr__(self, "safe_text", self.safe_text or self.text)
+    def __new__(cls, text, safe_text="", seed=None, guidance=None, category=""):
+        self = super().__new__(cls, text)
+        self.safe_text = safe_text or str(text)
+        self.seed, self.guidance, self.category = seed, guidance, category
+        return self
 
 
 # ---- refusal -----------------------------------------------------------------------------------
@@ -110,7 +108,7 @@ def read(source, category=None, limit=None):
         if not found:
             raise UserError(f"--category: no prompt of {source} is of category {category!r}; "
                             f"there are {', '.join(known) or 'none at all'}")
-    kept = [p for p in found if not mentions_minor(p.text + " | " + p.safe_text, p.category)]
+    kept = [p for p in found if not mentions_minor(p + " | " + p.safe_text, p.category)]
     if not kept:
         raise UserError(f"--prompts: {source} has no usable prompt ({len(found) - len(kept)} refused)")
     return kept[:limit], len(found) - len(kept)

@@ -1,0 +1,158 @@
+"""Stable Diffusion as a policy: encode, predict, decode, LoRA, save, load.
+
+Loads any folder or hub id in Stable Diffusion 1.x's format, `tiny/` among them, part by part; the
+safety checker is never loaded, since a blackened picture would count as a safe one.
+"""
+import os
+
+import torch
+
+from ddpo import ddim_schedule
+from prompts import UserError
+
+LORA_TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"],
+                "all": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+                        "conv1", "conv2", "conv_shortcut", "time_emb_proj"]}
+LORA_FILE = "pytorch_lora_weights.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Policy:
+    """The five parts of a pipeline, the UNet as the policy.
+
+    model: a folder or hub id; checkpoint: None, or a folder of train.py's or erase.py's (LoRA or unet/),
+    or a LoRA file in diffusers' or kohya's form. dtype is what the network computes in; latents,
+    log-probabilities and trained weights are float32 always.
+    """
+
+    def __init__(self, model, checkpoint=None, device="cpu", dtype=torch.float32):
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+        self.name, self.device, self.dtype = str(model), torch.device(device), dtype
+
+        def part(cls, subfolder, **options):
+            try:
+                loaded = cls.from_pretrained(model, subfolder=subfolder, **options)
+            except (OSError, ValueError) as error:
+                raise UserError(missing(model, subfolder, error)) from None
+            return loaded.requires_grad_(False).eval().to(device) if isinstance(loaded, torch.nn.Module) else loaded
+
+        self.tokenizer = part(CLIPTokenizer, "tokenizer")
+        self.text_encoder = part(CLIPTextModel, "text_encoder", use_safetensors=True).to(dtype)
+        self.vae = part(AutoencoderKL, "vae", use_safetensors=True).float()
+        self.unet = part(UNet2DConditionModel, "unet", use_safetensors=True)
+        if checkpoint and os.path.isdir(os.path.join(checkpoint, "unet")):
+            self.unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", use_safetensors=True)
+            self.unet.requires_grad_(False).eval()
+        self.unet = self.unet.to(device, dtype, memory_format=torch.channels_last)
+        if checkpoint and not os.path.isdir(os.path.join(checkpoint, "unet")):
+            load_lora(self.unet, checkpoint)
+        # SD 1.4 ships PNDM's configuration: the same betas; DDIM's last step must keep its noise
+        self.scheduler = DDIMScheduler.from_config(part(DDIMScheduler, "scheduler").config, clip_sample=False,
+                                                   set_alpha_to_one=False, steps_offset=1)
+        self.prediction_type = self.scheduler.config.prediction_type
+        self.states = {}                                # prompt -> text states (L, D), encoded once a run
+
+    def latent_shape(self, resolution=None):
+        """(C, h, w) of a picture of `resolution` pixels, or of the model's own size."""
+        size = self.unet.config.sample_size
+        if resolution:
+            size = resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.unet.config.in_channels, size, size
+
+    def schedule(self, steps, eta):
+        self.scheduler.set_timesteps(steps)
+        rows = ddim_schedule(self.scheduler.alphas_cumprod, self.scheduler.timesteps, eta)
+        return type(rows)(*(row.to(self.device) for row in rows))
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """Texts -> text states (B, L, D). Frozen, so every text is encoded once."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self.states]
+        if new:
+            length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+            ids = self.tokenizer([str(p) for p in new], padding="max_length", truncation=True, max_length=length,
+                                 return_tensors="pt").input_ids
+            self.states.update(zip(new, self.text_encoder(ids.to(self.device)).last_hidden_state))
+        return torch.stack([self.states[p] for p in prompts])
+
+    def unet_output(self, x, t, text):
+        """The network's output (B, C, h, w), float32, for latents x, one timestep t, states text."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.unet(x.to(self.dtype), t, text.to(self.dtype)).sample.float()
+
+    @torch.no_grad()
+    def decode(self, latents, chunk=16):
+        """Latents (N, C, h, w) -> pictures uint8 (N, H, W, 3), a few at a time to bound memory."""
+        scaled = latents.float() / self.vae.config.scaling_factor
+        pictures = [self.vae.decode(part).sample for part in scaled.split(chunk)]
+        pictures = (torch.cat(pictures) / 2 + .5).clamp(0, 1)
+        return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    # ---- what is trained -------------------------------------------------------------------------
+
+    def train(self, trainable, rank=4, targets="attention"):
+        """Make "lora" or "full" trainable; returns the trained parameters by name."""
+        if trainable == "full":
+            self.unet.float().requires_grad_(True)
+        else:
+            from peft import LoraConfig
+            # alpha == rank, so that a loader which forgets alpha still draws the same picture
+            self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                             target_modules=LORA_TARGETS[targets]))
+            for p in self.unet.parameters():
+                p.data = p.data.float() if p.requires_grad else p.data
+        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+
+    def save(self, folder, card):
+        """Write the checkpoint in diffusers' and kohya's formats with a model card (Markdown text)."""
+        if not hasattr(self.unet, "peft_config"):
+            self.unet.save_pretrained(os.path.join(folder, "unet"))
+        else:
+            save_lora(self.unet, folder)
+        with open(os.path.join(folder, "README.md"), "w") as file:
+            file.write(card)
+
+
+def missing(model, subfolder, error):
+    if os.path.isdir(model):
+        return f"--model: {model} has no usable {subfolder}/ in Stable Diffusion's format ({first_line(error)})"
+    if os.path.sep in str(model) and str(model).count("/") == 1 and not str(model).startswith((".", "/")):
+        return (f"--model: the hub does not give {model} ({first_line(error)}); "
+                "give the path of a local folder with unet/, vae/, text_encoder/, tokenizer/, scheduler/")
+    return f"--model: the folder {model} does not exist; give a local folder or a hub id such as CompVis/stable-diffusion-v1-4"
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def save_lora(unet, folder):
+    """Both LoRA files; each is complete or absent."""
+    from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+    weights = {f"unet.{k}": v.detach().float().cpu().contiguous() for k, v in get_peft_model_state_dict(unet).items()}
+    alpha = float(unet.peft_config["default"].lora_alpha)
+    kohya = {k: v.clone() for k, v in convert_state_dict_to_kohya(convert_all_state_dict_to_peft(dict(weights))).items()}
+    kohya = {k: torch.tensor(alpha) if k.endswith(".alpha") else v for k, v in kohya.items()}
+    for name, tensors in ((LORA_FILE, weights), (LORA_FILE.replace(".", "_kohya."), kohya)):
+        path = os.path.join(folder, name)
+        save_file(tensors, path + ".tmp", metadata={"format": "pt"})
+        os.chmod(path + ".tmp", 0o644)
+        os.replace(path + ".tmp", path)
+
+
+def load_lora(unet, path):
+    """Put a LoRA (a folder with LORA_FILE, or a safetensors file of either form) on the UNet."""
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
+    file = os.path.join(path, LORA_FILE) if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise UserError(f"--checkpoint: {path} holds neither {LORA_FILE} nor unet/")
+    try:
+        state, alphas = Loader.lora_state_dict(os.path.dirname(file) or ".", weight_name=os.path.basename(file),
+                                               use_safetensors=True, local_files_only=True)
+        Loader.load_lora_into_unet(state, alphas, unet)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"--checkpoint: {file} does not fit this model ({first_line(error)})") from None
+    unet.requires_grad_(False)

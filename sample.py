@@ -1,0 +1,184 @@
+"""Prompts to pictures: one seed a picture, the same picture in any batch, pixelated where NudeNet fires.
+
+    python sample.py "a large peach on a blue background"                       # the base model
+    python sample.py data/unsafe_unseen.csv --checkpoint out/shield --images 32  # a fine-tuned one
+    python sample.py "a castle" --model CompVis/stable-diffusion-v1-4 --steps 50 --guidance 7.5
+
+Writes one PNG a picture and grid.png into --output-dir. Pictures that trip the detector are pixelated;
+--no-censor shows them.
+"""
+import argparse
+import json
+import os
+import sys
+
+from prompts import UserError, read
+
+
+def draw_noise(seeds, steps, shape):
+    """(B, steps + 1, *shape) standard normal on the CPU, row b a function of seeds[b] alone."""
+    import torch
+    return torch.stack([torch.randn(steps + 1, *shape, generator=torch.Generator().manual_seed(int(s) % 2 ** 63))
+                        for s in seeds])
+
+
+def generate(policy, guide, prompts, seeds, steps, eta, guidance, batch_size=32, resolution=None, tick=lambda: None):
+    """Pictures uint8 (N, H, W, 3), one a prompt and seed. A prompt's own guidance goes before `guidance`."""
+    import torch
+    from ddpo import rollout
+    schedule, pictures = policy.schedule(steps, eta), []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        noise = draw_noise(seeds[part], steps, policy.latent_shape(resolution)).to(policy.device)
+        predict = guide(policy, prompts[part], guidance_of(prompts[part], guidance))
+        latents, _ = rollout(predict, noise, schedule, policy.prediction_type, tick)
+        pictures.append(policy.decode(latents[:, -1]).cpu())
+    return torch.cat(pictures).numpy()
+
+
+def guidance_of(prompts, default):
+    """The default where no prompt brings its own scale, else a tensor (B,)."""
+    import torch
+    own = [getattr(p, "guidance", None) for p in prompts]
+    return default if not any(own) else torch.tensor([default if g is None else g for g in own])
+
+
+def pixelate(pictures, flags, blocks=8):
+    """A copy of pictures uint8 (N, H, W, 3) in which the flagged ones are blocks x blocks squares."""
+    import numpy as np
+    from PIL import Image
+    shown = np.array(pictures)
+    for i in np.flatnonzero(flags):
+        small = Image.fromarray(shown[i]).resize((blocks, blocks), Image.BOX)
+        shown[i] = np.asarray(small.resize(shown[i].shape[1::-1], Image.NEAREST))
+    return shown
+
+
+def grid(pictures, columns=8, gap=2):
+    """Pictures uint8 (N, H, W, 3) -> one PIL picture, row by row, on white."""
+    import numpy as np
+    from PIL import Image
+    n, height, width, _ = np.shape(pictures)
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[top:top + height, left:left + width] = picture
+    return Image.fromarray(sheet)
+
+
+def spread(prompts, count, seed):
+    """`count` (prompt, seed) pairs: the prompts in turn; a prompt's own seed on its first turn."""
+    picked = [prompts[i % len(prompts)] for i in range(count)]
+    return picked, [p.seed if i < len(prompts) and p.seed is not None else seed + i for i, p in enumerate(picked)]
+
+
+def choose_device(device, dtype):
+    """("auto", "auto") -> what this machine has, with the reason: (device, dtype name, reason)."""
+    import torch
+    has_cuda = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if has_cuda else "cpu"
+    if device.startswith("cuda") and not has_cuda:
+        raise UserError("--device: cuda was asked for, and this PyTorch sees no CUDA device; give cpu or auto")
+    if dtype != "auto":
+        return device, dtype, "as asked"
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
+        return device, "bf16", "the GPU computes in it natively; latents, log-probabilities, LoRA stay fp32"
+    return device, "fp32", "exact, and this device has no faster bf16"
+
+
+def add_common_options(p):
+    """Options that sampling, training and evaluation share."""
+    p.add_argument("--steps", type=int, default=10, help="denoising steps a picture (DDIM); Stable Diffusion wants 50")
+    p.add_argument("--eta", type=float, default=1., help="noise of DDIM's steps, above 0 to 1; 1 is DDPM's")
+    p.add_argument("--guidance", type=float, default=2., help="classifier-free guidance scale; 1 is none; Stable Diffusion wants 5 to 7.5")
+    p.add_argument("--resolution", type=int, default=None, help="pixels a side; the model's own size if left out")
+    p.add_argument("--unsafe-labels", default="strict", help="strict (five), exposed (nine), or NudeNet labels with commas")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="what the network computes in; fp16 gives NaN")
+    p.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+
+
+def check_common(args):
+    """Ranges that argparse does not know; UserError names the option."""
+    if args.eta <= 0 or args.eta > 1:
+        raise UserError(f"--eta: {args.eta:g} is given; a step without noise has no log-probability, so 0 < eta <= 1")
+    if not 1 <= args.steps <= 1000:
+        raise UserError(f"--steps: {args.steps} is given; 1 to 1000 are allowed")
+    if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
+        raise UserError(f"--resolution: {args.resolution} is given; a positive multiple of 8 is needed")
+
+
+def run(main, args):
+    """main(args); a UserError becomes one sentence on stderr and exit code 2."""
+    try:
+        main(args)
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def base_of(checkpoint, model):
+    """The base model's name: as given, else what the checkpoint was trained from, else tiny."""
+    path = os.path.join(checkpoint or "", "args.json")
+    if model is None and checkpoint and os.path.isfile(path):
+        with open(path) as file:
+            return json.load(file)["model"]
+    return model or "tiny"
+
+
+def make_folder(path, option="--output-dir"):
+    try:
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, ".probe")
+        open(probe, "w").close()
+        os.remove(probe)
+    except OSError as error:
+        raise UserError(f"{option}: {path} can't be written ({error.strerror}); give another folder") from None
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description="Prompts to pictures, with or without a fine-tuned checkpoint.")
+    p.add_argument("prompts", help="a .txt, .csv or .jsonl file, or a literal text")
+    p.add_argument("--model", default=None, help="folder or hub id; the checkpoint's base, else tiny")
+    p.add_argument("--checkpoint", default=None, help="out/NAME of train.py, or a LoRA file; none: the base model")
+    p.add_argument("--category", default=None, help="only prompts of this category (I2P: sexual)")
+    p.add_argument("--images", type=int, default=None, help="pictures in all, the prompts in turn; one each if left out")
+    p.add_argument("--batch-size", type=int, default=32, help="pictures at once; does not change them")
+    p.add_argument("--output-dir", default="out/samples", help="folder of the PNGs")
+    p.add_argument("--no-censor", action="store_true", help="do not pixelate pictures that trip the detector")
+    add_common_options(p)
+    return p.parse_args(argv)
+
+
+def main(args):
+    check_common(args)
+    prompts, refused = read(args.prompts, args.category)
+    if refused:
+        print(f"refused {refused} prompts that mention minors")
+    from PIL import Image
+    from tqdm import tqdm
+    from guide import GUIDES
+    from model import DTYPES, Policy
+    from reward import LABELS, THRESHOLD, Nudity, parse_labels
+    labels = parse_labels(args.unsafe_labels)
+    make_folder(args.output_dir)
+    device, dtype, _ = choose_device(args.device, args.dtype)
+    policy = Policy(base_of(args.checkpoint, args.model), args.checkpoint, device, DTYPES[dtype])
+    prompts, seeds = spread(prompts, args.images or len(prompts), args.seed)
+    batches = -(-len(prompts) // args.batch_size)
+    with tqdm(total=batches * args.steps, desc="sampling") as bar:
+        pictures = generate(policy, GUIDES["plain"], prompts, seeds, args.steps, args.eta, args.guidance,
+                            args.batch_size, args.resolution, bar.update)
+    scores = Nudity()(pictures)[:, [LABELS.index(label) for label in labels]].max(1)
+    shown = pictures if args.no_censor else pixelate(pictures, scores >= THRESHOLD)
+    for i, picture in enumerate(shown):
+        Image.fromarray(picture).save(os.path.join(args.output_dir, f"{i:05d}.png"))
+    grid(shown).save(os.path.join(args.output_dir, "grid.png"))
+    print(f"{len(pictures)} pictures in {args.output_dir}; {(scores >= THRESHOLD).sum()} trip the detector "
+          f"(score >= {THRESHOLD}){'' if args.no_censor else ' and are pixelated'}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
