@@ -59,6 +59,7 @@ AGE = re.compile(r"\b(?:(?:aged?|age of)[\s:]*(?P<a>\d{1,2}|" + "|".join(NUMBERS
 SEXUAL = re.compile(r"nud|nake|sex|porn|erot|bare\b|topless|bottomless|undress|unclothed|strip|lingerie|underwear|pant(?:y|ies)|bikini|swim"
                     r"|thong|breast|boob|nippl|tits?\b|butt|\bass\b|\barse|genital|penis|vagin|vulva|puss|cock\b|dick\b|orgas|fetish|hentai|nsfw"
                     r"|lewd|lust|sensual|seduc|provocativ|bedroom|kinky|bdsm|cleavage|see-through|sheer|shower|bath|explicit|xxx|onlyfans|playboy|venus")
+STEMS = "child teen toddler infant underage schoolgirl schoolboy loli shota preteen".split()
 LEET = str.maketrans("013457@$!", "oieastasi")
 
 
@@ -71,10 +72,12 @@ def mentions_minor(text, category=""):
         years = age["a"] or age["b"]
         if (int(years) if years.isdigit() else NUMBERS.index(years) + 1) < 18:
             return True
-    spelled = re.sub(r"\b(?:\w[ .*-]){2,}\w\b", lambda m: re.sub(r"\W", "", m[0]), plain)  # c.h.i.l.d
-    sexual = "sexual" in category.lower() or any(SEXUAL.search(t) for t in (plain, plain.translate(LEET), spelled))
+    spelled = [re.sub(r"\W", "", m) for m in re.findall(r"\b(?:\w[ .*-]){3,}\w\b", plain)]       # c.h.i.l.d
+    if any(stem in letters for letters in spelled for stem in STEMS):
+        return True
+    sexual = "sexual" in category.lower() or any(SEXUAL.search(t) for t in (plain, plain.translate(LEET)))
     return any(MINOR.search(t) or (sexual and MAYBE_MINOR.search(t))
-               for t in (plain, plain.translate(LEET), spelled))
+               for t in (plain, plain.translate(LEET)))
 
 
 # ---- reading -----------------------------------------------------------------------------------

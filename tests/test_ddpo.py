@@ -1,0 +1,123 @@
+"""ddpo.py against diffusers, torch.distributions and hand-computed numbers."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from ddpo import RewardMemory, advantages, ddim_mean, ddim_schedule, log_prob, ppo_loss, rollout, step_log_prob
+
+
+def scheduler(prediction_type="epsilon", **options):
+    return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
+                         set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type, **options)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("eta", [.2, 1.])
+@pytest.mark.parametrize("steps", [5, 20, 50])
+def test_the_step_equals_diffusers_ddim(steps, eta, kind):
+    theirs = scheduler(kind)
+    theirs.set_timesteps(steps)
+    ours = ddim_schedule(theirs.alphas_cumprod, theirs.timesteps, eta)
+    torch.manual_seed(0)
+    for k, t in enumerate(theirs.timesteps):
+        x, output, z = torch.randn(3, 2, 4, 8, 8)
+        mean = ddim_mean(x, output, ours.a_t[k], ours.a_prev[k], ours.sigma[k], kind)
+        drawn = theirs.step(output, t, x, eta=eta, variance_noise=z).prev_sample
+        quiet = theirs.step(output, t, x, eta=eta, variance_noise=torch.zeros_like(z)).prev_sample
+        assert torch.allclose(mean, quiet, atol=2e-5, rtol=1e-5)
+        assert torch.allclose(mean + ours.sigma[k] * z, drawn, atol=2e-5, rtol=1e-5)
+        variance = theirs._get_variance(t, t - 1000 // steps)
+        assert math.isclose(ours.sigma[k].item(), eta * variance.sqrt().item(), rel_tol=1e-3)
+
+
+def test_the_log_probability_is_the_mean_of_torch_distributions_normal():
+    torch.manual_seed(0)
+    x, mean = torch.randn(2, 5, 4, 8, 8)
+    theirs = torch.distributions.Normal(mean, torch.tensor(.3)).log_prob(x).mean((1, 2, 3))
+    assert torch.allclose(log_prob(x, mean, torch.tensor(.3)), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0, -1])
+def test_a_step_without_noise_is_refused(eta):
+    with pytest.raises(ValueError, match="eta"):
+        ddim_schedule(scheduler().alphas_cumprod, [801, 401, 1], eta)
+
+
+def test_a_schedule_that_ends_at_timestep_zero_is_refused():
+    with pytest.raises(ValueError, match="steps_offset"):
+        ddim_schedule(scheduler().alphas_cumprod, [800, 400, 0], 1.)
+
+
+def test_what_was_drawn_scores_as_it_was_drawn():
+    network = torch.nn.Conv2d(4, 4, 3, padding=1)
+    predict = lambda x, t: network(x)
+    s = scheduler()
+    s.set_timesteps(6)
+    schedule = ddim_schedule(s.alphas_cumprod, s.timesteps, 1.)
+    latents, log_probs = rollout(predict, torch.randn(3, 7, 4, 8, 8), schedule)
+    assert latents.shape == (3, 7, 4, 8, 8) and log_probs.shape == (3, 6)
+    for k in range(6):
+        _, again = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k)
+        assert torch.equal(again.detach(), log_probs[:, k]) and again.requires_grad
+
+
+def test_ppo_loss_equals_numbers_computed_by_hand():
+    old = torch.zeros(4)
+    new = torch.log(torch.tensor([1.5, 1.5, .5, .5]))
+    advantage = torch.tensor([1., -1., 1., -1.])
+    # max(-A r, -A clip(r, .8, 1.2)): -1.2, 1.5, -.5, .8
+    loss, said = ppo_loss(new, old, advantage, .2)
+    assert loss.item() == pytest.approx((-1.2 + 1.5 - .5 + .8) / 4)
+    assert said["clipped_share"] == 1 and said["ratio_deviation"] == pytest.approx(.5)
+    assert said["approx_kl"].item() == pytest.approx((2 * (.5 - math.log(1.5)) + 2 * (-.5 - math.log(.5))) / 4)
+
+
+def test_the_advantage_is_clamped():
+    loss, _ = ppo_loss(torch.zeros(1), torch.zeros(1), torch.tensor([100.]), .1)
+    assert loss.item() == -5
+
+
+def test_at_ratio_one_the_gradient_is_reinforces():
+    log_p = torch.randn(6, requires_grad=True)
+    advantage = torch.randn(6)
+    ppo_loss(log_p, log_p.detach(), advantage, 1e-4)[0].backward()
+    assert torch.allclose(log_p.grad, -advantage / 6)
+
+
+def test_group_relative_advantages_equal_a_plain_loop():
+    rng = np.random.default_rng(0)
+    rewards, prompts = rng.normal(size=12).astype("float32"), list("aabbccabcabc")
+    ours = advantages(torch.from_numpy(rewards), prompts, floor=1e-6)
+    for i, p in enumerate(prompts):
+        group = rewards[[q == p for q in prompts]]
+        assert ours[i].item() == pytest.approx((rewards[i] - group.mean()) / (group.std() + 1e-6), abs=1e-5)
+
+
+def test_remembered_advantages_equal_a_plain_loop_over_epochs():
+    rng = np.random.default_rng(1)
+    memory, history = RewardMemory(size=5, min_count=4), {"a": [], "b": []}
+    for _ in range(4):
+        rewards, prompts = rng.normal(size=5).astype("float32"), list("aabaa")
+        ours = advantages(torch.from_numpy(rewards), prompts, memory)
+        for p in "ab":
+            history[p] = (history[p] + [r for r, q in zip(rewards, prompts) if q == p])[-5:]
+        for i, p in enumerate(prompts):
+            known = np.array(history[p]) if len(history[p]) >= 4 else rewards
+            assert ours[i].item() == pytest.approx((rewards[i] - known.mean()) / (known.std() + 1e-6), abs=1e-4)
+
+
+def test_the_memory_survives_being_saved():
+    memory, again = RewardMemory(3, 2), RewardMemory(3, 2)
+    advantages(torch.tensor([1., 2., 3., 4.]), list("aaab"), memory)
+    again.load_state_dict(memory.state_dict())
+    args = torch.tensor([5., 6.]), list("ab")
+    assert torch.equal(advantages(*args, memory), advantages(*args, again))
+
+
+def test_batch_scale_does_not_blow_up_a_prompt_that_scores_alike():
+    rewards = torch.tensor([0., 1., .5, .5001])
+    by_prompt, by_batch = (advantages(rewards, list("aabb"), scale=s) for s in ("prompt", "batch"))
+    assert by_prompt[3] > .9 and abs(by_batch[3]) < 1e-3

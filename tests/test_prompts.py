@@ -1,0 +1,99 @@
+"""prompts.py: files of the field, errors that name the line, and refusal."""
+import numpy as np
+import pytest
+
+from prompts import UserError, draw, mentions_minor, read
+
+
+def file(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_literal_text_is_one_prompt():
+    prompts, refused = read("a large peach on a blue background")
+    assert prompts == ["a large peach on a blue background"] and refused == 0
+
+
+def test_a_text_file_has_one_prompt_a_line_and_comments(tmp_path):
+    assert read(file(tmp_path, "p.txt", "# no\na dog\n\n  a cat \n"))[0] == ["a dog", "a cat"]
+
+
+def test_a_jsonl_file_brings_all_columns(tmp_path):
+    p, = read(file(tmp_path, "p.jsonl", '{"prompt": "a b", "safe_text": "a", "seed": 3, "guidance": 2.5, "category": "x"}\n'))[0]
+    assert (p, p.safe_text, p.seed, p.guidance, p.category) == ("a b", "a", 3, 2.5, "x")
+
+
+def test_i2p_goes_in_unmodified(tmp_path):
+    header = ("prompt,categories,hard,inappropriate_percentage,nudity_percentage,q16_percentage,sd_safety_percentage,"
+              "prompt_toxicity,lexica_url,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height,sd_model\n")
+    rows = ('"a statue, marble","sexual, shocking",0,1,2,3,4,.1,u,1573886134,7,512,512,SD\n'
+            '"a storm",violence,0,1,2,3,4,.1,u,22,7.5,512,512,SD\n')
+    path = file(tmp_path, "i2p.csv", header + rows)
+    assert len(read(path)[0]) == 2
+    p, = read(path, "sexual")[0]
+    assert (p, p.seed, p.guidance, p.safe_text) == ("a statue, marble", 1573886134, 7, "a statue, marble")
+    with pytest.raises(UserError, match="--category.*'hate'"):
+        read(path, "hate")
+
+
+def test_the_fields_other_csv_goes_in_unmodified(tmp_path):
+    p, = read(file(tmp_path, "e.csv", "case_number,prompt,evaluation_seed,evaluation_guidance\n0,a dog,5,7.5\n"))[0]
+    assert (p.seed, p.guidance) == (5, 7.5)
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("p.csv", "prompt,seed\na,1\nb,x\n", "line 3.*seed is 'x'"),
+    ("p.csv", "prompt,seed\na,1\n,2\n", "line 3.*empty"),
+    ("p.csv", 'prompt,seed\n"two\nlines",1\na,1,9\n', "line 4.*more fields"),
+    ("p.csv", "text,seed\na,1\n", "no column 'prompt'.*text, seed"),
+    ("p.csv", "", "no column 'prompt'"),
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
+    ("p.jsonl", '{"text": "a"}\n', "line 1 has no 'prompt'"),
+    ("p.txt", "# nothing\n", "no usable prompt"),
+    ("p.json", "[]", "must end in"),
+])
+def test_a_bad_file_is_named_with_its_line(tmp_path, name, text, said):
+    with pytest.raises(UserError, match=said):
+        read(file(tmp_path, name, text))
+
+
+def test_a_missing_file_is_not_taken_for_a_text():
+    with pytest.raises(UserError, match="does not exist"):
+        read("nowhere.txt")
+
+
+@pytest.mark.parametrize("text", [
+    "a child in a garden", "two kids, nude", "a 15 year old model", "a fifteen-year-old, topless", "aged 16, portrait",
+    "16yo", "naked teen", "a nude teenager", "underage", "a nude young girl", "schoolgirl", "a nude girl", "Nude BOYS bathing",
+    "a n u d e c h i l d", "ch1ld", "c.h.i.l.d", "child", "t\u200been nude", "a naked youth", "an infant", "loli",
+])
+def test_prompts_that_mention_minors_are_refused(text):
+    assert mentions_minor(text)
+
+
+@pytest.mark.parametrize("text", [
+    "a large peach on a blue background", "a woman in a red dress", "a 25 year old man", "a nude woman, oil on canvas",
+    "a girl reading in a library", "a minor key", "kidney beans", "a 1920s car", "a small banana on a red background",
+])
+def test_other_prompts_are_not_refused(text):
+    assert not mentions_minor(text)
+
+
+def test_a_sexual_category_makes_ambiguous_words_count():
+    assert mentions_minor("a girl on a sofa", "sexual, shocking") and not mentions_minor("a girl on a sofa", "violence")
+
+
+def test_refused_prompts_are_dropped_and_counted(tmp_path):
+    prompts, refused = read(file(tmp_path, "p.txt", "a dog\na naked child\n"))
+    assert prompts == ["a dog"] and refused == 1
+    with pytest.raises(UserError, match="1 refused"):
+        read("a naked child")
+    with pytest.raises(UserError, match="1 refused"):      # the second column is no way round
+        read(file(tmp_path, "p.csv", "prompt,safe_text\na dog,a child\n"))
+
+
+def test_drawing_shows_every_prompt_before_any_comes_twice():
+    picked = draw(list("abcd"), list("xy"), 8, .25, np.random.default_rng(0))
+    assert sorted(picked[:4]) == list("abcd") and len(picked) == 8 and sorted(picked[6:]) == ["x", "y"]

@@ -1,0 +1,140 @@
+"""train.py as a user runs it: the reward rises, nothing is lost, errors are one sentence."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+REWARD = """
+import numpy as np
+def redness(pictures, prompts):
+    red = pictures.astype(np.float32).mean((1, 2)) / 255
+    return {"reward": red[:, 0] - red[:, 1:].mean(1)}
+def broken(pictures, prompts):
+    return {"reward": np.array([np.nan] * len(pictures))}
+"""
+
+
+@pytest.fixture(scope="module")
+def small(pipeline, tmp_path_factory):
+    """Options of a run of seconds on the random pipeline, with a reward that needs no detector."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "mine.py").write_text(REWARD)
+    (folder / "p.txt").write_text("a dog\na cat\n")
+    return ["--model", pipeline, "--prompts", str(folder / "p.txt"), "--reward", f"{folder}/mine.py:redness", "--steps", "4",
+            "--groups", "2", "--group-size", "8", "--batch-size", "8", "--guidance", "1", "--lr", "5e-3", "--updates", "1", "--epochs", "6",
+            "--verdict-images", "0", "--preview-every", "2"]
+
+
+def start(*options):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOT}
+    return subprocess.Popen([sys.executable, f"{ROOT}/train.py", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, cwd=ROOT, env=env)
+
+
+def train(*options):
+    process = start(*options)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def results(folder):
+    """Everything that a run leaves and that must be equal, as bytes by file name."""
+    names = ["metrics.jsonl", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"]
+    names += [f"samples/{n}" for n in sorted(os.listdir(f"{folder}/samples"))]
+    return {n: open(f"{folder}/{n}", "rb").read() for n in names}
+
+
+@pytest.fixture(scope="module")
+def uncut(small, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("uncut") / "run")
+    code, out, err = train(*small, "--output-dir", folder)
+    assert code == 0, err
+    return folder
+
+
+def test_the_reward_rises(uncut):
+    rewards = [json.loads(line)["reward"] for line in open(f"{uncut}/metrics.jsonl")]
+    assert len(rewards) == 6 and sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + .01
+
+
+def test_the_ratio_before_the_first_update_is_exactly_one(uncut):
+    assert json.loads(open(f"{uncut}/metrics.jsonl").readline())["first_ratio_deviation"] == 0
+
+
+def test_a_run_killed_at_ten_random_moments_ends_bit_equal(small, uncut, tmp_path):
+    folder, rng, kills, runs = str(tmp_path / "run0"), random.Random(0), 0, 1
+    while kills < 10:
+        process = start(*small, "--output-dir", folder)
+        while "UNet rows" not in process.stdout.readline():                 # the loop is about to begin
+            assert process.poll() is None, process.stderr.read()
+        try:
+            process.communicate(timeout=rng.uniform(0, 3))
+            runs += 1                                                       # it ended before it was killed:
+            folder = str(tmp_path / f"run{runs}")                           # the next kills hit a new run
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+    code, _, err = train(*small, "--output-dir", folder)
+    assert code == 0, err
+    ours, theirs = results(folder), results(uncut)
+    assert ours.keys() == theirs.keys() and all(ours[n] == theirs[n] for n in ours), [n for n in ours if ours[n] != theirs.get(n)]
+
+
+def test_a_torn_checkpoint_is_never_loaded(uncut):
+    import shutil
+    from train import load_checkpoint, read_pointer
+    folder = f"{uncut}/torn"
+    shutil.copytree(f"{uncut}/checkpoints", folder)
+    newest, older = read_pointer(folder)
+    with open(f"{folder}/{newest['file']}", "r+b") as file:
+        file.truncate(1000)
+    assert load_checkpoint(folder)["epoch"] == 5
+    os.remove(f"{folder}/{older['file']}")
+    assert load_checkpoint(folder) is None
+
+
+def test_a_reward_that_is_not_a_number_is_refused_and_named(small, tmp_path):
+    options = [o.replace(":redness", ":broken") for o in small]
+    code, _, err = train(*options, "--output-dir", str(tmp_path / "run"))
+    assert code == 2 and "epoch 1: the reward of 'a " in err and "nan" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--prompts", "nowhere.csv"], "nowhere.csv does not exist"),
+    (["--prompts", "a naked child"], "1 refused"),
+    (["--unsafe-labels", "KNEES"], "KNEES is no label"),
+    (["--model", "/nowhere"], "--model: the folder /nowhere does not exist"),
+    (["--model", "someone/some-model"], "the hub does not give someone/some-model"),
+    (["--eta", "0"], "--eta: 0"),
+    (["--batch-size", "5"], "--batch-size: 5 does not divide the 16 pictures"),
+    (["--updates", "4"], "--updates: 4 does not divide the 2 batches"),
+    (["--lr", "1"], "holds another run (--lr was 0.005, is 1.0)"),
+    (["--output-dir", "/proc/run"], "--output-dir: /proc/run can't be written"),
+])
+def test_a_users_mistake_is_one_sentence(small, uncut, tmp_path, options, said):
+    folder = uncut if "--lr" in options else str(tmp_path / "run")
+    code, out, err = train(*small, "--output-dir", folder, *options)
+    ours = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert code == 2 and len(ours) == 1 and said in ours[0] and "Traceback" not in err, err
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence(small, tmp_path):
+    """/dev/full stands for the disk: what is written there fails with ENOSPC."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    os.symlink("/dev/full", folder / "checkpoints" / "epoch_0001.pt.tmp")
+    code, _, err = train(*small, "--output-dir", str(folder))
+    assert code == 2 and "No space left on device" in err and "the last checkpoint stands" in err and "Traceback" not in err
+
+
+def test_help_answers_within_a_second():
+    began = time.time()
+    subprocess.run([sys.executable, f"{ROOT}/train.py", "--help"], check=True, capture_output=True)
+    assert time.time() - began < 1

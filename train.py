@@ -1,0 +1,393 @@
+"""Make a text-to-image model stop drawing nudity, by reinforcement learning (ShieldDiff, arXiv 2410.05309).
+
+    python train.py                                   # the embedded world, minutes on a laptop
+    python train.py --prompts mine.csv --benign coco.csv --model CompVis/stable-diffusion-v1-4 \
+        --steps 50 --guidance 5 --batch-size 8 --groups 16 --lr 3e-4 --clip-range 1e-4 --output-dir out/sd
+
+Each epoch: sample pictures, score them, compare them with their prompt's others, update the policy by
+PPO on the denoising steps (DDPO). Ends with a before/after table on held-out prompts. Writes into
+--output-dir: args.json, metrics.jsonl, curve.png, samples/, checkpoints/, the LoRA in diffusers' and
+kohya's formats, a model card. Cut off at any moment, the same command goes on to the same result.
+"""
+import argparse
+import hashlib
+import io
+import json
+import os
+import time
+
+from prompts import UserError, draw, read
+from sample import add_common_options, check_common, choose_device, make_folder, run
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description="Fine-tune a text-to-image model by DDPO with a CLIP + nudity reward.")
+    g = p.add_argument_group("what is trained, on what")
+    g.add_argument("--model", default="tiny", help="folder or hub id in Stable Diffusion 1.x's format")
+    g.add_argument("--prompts", default="data/unsafe_train.csv", help="file or text: what has to become safe")
+    g.add_argument("--benign", default=None, help="file or text: what has to stay; data/benign_train.csv beside the default prompts")
+    g.add_argument("--category", default=None, help="only --prompts of this category (I2P: sexual)")
+    g.add_argument("--held-out", nargs="*", default=None, help="prompt files of the final table; the tiny world's for the default prompts")
+    g.add_argument("--trainable", default="lora", choices=["lora", "full"], help="a LoRA on the UNet, or the whole UNet")
+    g.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
+    g.add_argument("--lora-targets", default="all", choices=["attention", "all"], help="attention alone, or convolutions and feed-forward too")
+    g = p.add_argument_group("reward")
+    g.add_argument("--reward", default=None, help="my_file.py:my_function instead of CLIP + nudity")
+    g.add_argument("--clip", default=None, help="CLIP model; the model's own clip/, else openai/clip-vit-large-patch14")
+    g.add_argument("--clip-weight", type=float, default=1., help="weight of the CLIP cosine")
+    g.add_argument("--nudity-weight", type=float, default=1., help="weight of the worst unsafe label's score, 0..1")
+    g.add_argument("--gate", type=float, default=None, help="withhold CLIP's part where nudity reaches this")
+    g = p.add_argument_group("sampling")
+    g.add_argument("--groups", type=int, default=8, help="prompts an epoch")
+    g.add_argument("--group-size", type=int, default=8, help="pictures of each prompt")
+    g.add_argument("--batch-size", type=int, default=32, help="pictures at once, sampling and learning")
+    g.add_argument("--benign-share", type=float, default=.25, help="share of an epoch's prompts from --benign")
+    g = p.add_argument_group("learning")
+    g.add_argument("--epochs", type=int, default=20, help="epochs at most")
+    g.add_argument("--stop-below", type=float, default=None, help="stop when the unsafe share of two epochs is at most this")
+    g.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
+    g.add_argument("--clip-range", type=float, default=2e-3, help="PPO's, on the ratio of mean log-probs; scales with 1 / latent size (1e-4 for SD)")
+    g.add_argument("--updates", type=int, default=2, help="updates an epoch; divides the number of batches")
+    g.add_argument("--inner-epochs", type=int, default=1, help="passes over an epoch's pictures")
+    g.add_argument("--timestep-fraction", type=float, default=1., help="share of the steps that is learned from, drawn anew each batch")
+    g.add_argument("--advantage-scale", default="prompt", choices=["prompt", "batch"], help="divide by the prompt's spread, or the batch's")
+    g.add_argument("--memory", type=int, default=0, help="past rewards kept a prompt (DDPO: 32); 0: compare within the group alone")
+    g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's")
+    g.add_argument("--max-grad-norm", type=float, default=1., help="gradient clipping")
+    g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    g = p.add_argument_group("output")
+    g.add_argument("--output-dir", default="out/shield", help="folder of the run; the same command goes on there")
+    g.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
+    g.add_argument("--preview-every", type=int, default=5, help="epochs between preview grids")
+    g.add_argument("--verdict-images", type=int, default=64, help="pictures a held-out file in the final table; 0: no table")
+    g.add_argument("--no-censor", action="store_true", help="do not pixelate previews that trip the detector")
+    add_common_options(p)
+    return p.parse_args(argv)
+
+
+def check(args):
+    """Everything that can be said before a model is loaded; fills in what follows from other options."""
+    check_common(args)
+    default = args.prompts == "data/unsafe_train.csv"
+    if args.benign is None and default:
+        args.benign = "data/benign_train.csv"
+    if args.held_out is None:
+        from evaluate import HELD_OUT
+        args.held_out = HELD_OUT if default else []
+    for option in ("groups", "group_size", "batch_size", "epochs", "updates", "inner_epochs", "rank", "save_every", "preview_every"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')}: {getattr(args, option)} is given; at least 1 is needed")
+    for option in ("lr", "clip_range", "timestep_fraction"):
+        if not getattr(args, option) > 0:
+            raise UserError(f"--{option.replace('_', '-')}: {getattr(args, option)} is given; it must be above 0")
+    if args.timestep_fraction > 1 or not 0 <= args.benign_share < 1:
+        raise UserError("--timestep-fraction goes up to 1 and --benign-share from 0 to below 1; "
+                        f"{args.timestep_fraction:g} and {args.benign_share:g} are given")
+    pictures = args.groups * args.group_size
+    if pictures % args.batch_size:
+        raise UserError(f"--batch-size: {args.batch_size} does not divide the {pictures} pictures of an epoch "
+                        f"(--groups {args.groups} x --group-size {args.group_size})")
+    if pictures // args.batch_size % args.updates:
+        raise UserError(f"--updates: {args.updates} does not divide the {pictures // args.batch_size} batches of an epoch "
+                        f"({pictures} pictures / --batch-size {args.batch_size})")
+    if args.group_size == 1 and not args.memory:
+        raise UserError("--group-size: 1 leaves nothing to compare a picture with; give more, or --memory 32")
+
+
+# ---- not losing work -----------------------------------------------------------------------------
+
+def write(path, data):
+    """Whole or not at all: bytes into path. A full disk ends the run with a sentence."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path + ".tmp", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise UserError(f"--output-dir: {path} could not be written ({error.strerror}); the last checkpoint stands, "
+                        "and the same command goes on from it") from None
+
+
+def save_checkpoint(folder, state, keep=2):
+    """checkpoints/epoch_N.pt, then the pointer latest.json with each file's SHA-256, newest first."""
+    import torch
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    name = f"epoch_{state['epoch']:04d}.pt"
+    write(os.path.join(folder, name), buffer.getvalue())
+    entries = [e for e in read_pointer(folder) if e["file"] != name]
+    entries.insert(0, {"file": name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+    write(os.path.join(folder, "latest.json"), json.dumps(entries[:keep]).encode())
+    for entry in entries[keep:]:
+        if os.path.exists(os.path.join(folder, entry["file"])):
+            os.remove(os.path.join(folder, entry["file"]))
+
+
+def read_pointer(folder):
+    try:
+        with open(os.path.join(folder, "latest.json")) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return []
+
+
+def load_checkpoint(folder):
+    """The newest checkpoint whose content is whole, or None."""
+    import torch
+    for entry in read_pointer(folder):
+        try:
+            with open(os.path.join(folder, entry["file"]), "rb") as file:
+                data = file.read()
+        except OSError:
+            continue
+        if hashlib.sha256(data).hexdigest() == entry["sha256"]:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return None
+
+
+def check_folder(args):
+    """Make sure that the folder is new or belongs to this very run (epochs may be raised); -> args as JSON."""
+    make_folder(args.output_dir)
+    path = os.path.join(args.output_dir, "args.json")
+    mine = json.loads(json.dumps(vars(args)))
+    if os.path.exists(path):
+        with open(path) as file:
+            theirs = json.load(file)
+        other = [k for k in sorted(set(mine) | set(theirs)) if k not in ("epochs", "output_dir") and mine.get(k) != theirs.get(k)]
+        if other:
+            said = ", ".join(f"--{k.replace('_', '-')} was {theirs.get(k)}, is {mine.get(k)}" for k in other[:4])
+            raise UserError(f"--output-dir: {args.output_dir} holds another run ({said}); give another folder")
+    return json.dumps(mine, indent=1).encode()
+
+
+# ---- what a person sees ----------------------------------------------------------------------------
+
+def run_card(args, policy, trained, prompts, benign, refused, device, dtype, why):
+    count = lambda n: f"{n / 1e6:.2f} M" if n >= 1e5 else str(n)
+    pictures = args.groups * args.group_size
+    halves = 1 if args.guidance == 1 else 2
+    learned = max(1, round(args.steps * args.timestep_fraction))
+    total = sum(p.numel() for p in policy.unet.parameters())
+    weights = sum(p.numel() for p in trained.values())
+    lines = [f"model          {args.model}, {policy.prediction_type}; trained {count(weights)} of {count(total)} UNet weights ({args.trainable})",
+             f"device         {device}, {dtype}: {why}",
+             f"prompts        {len(prompts)} to make safe, {len(benign)} benign; {refused} refused for mentioning minors",
+             f"reward         {args.reward or f'{args.clip_weight:g} clip - {args.nudity_weight:g} max({args.unsafe_labels})'}"
+             f"{f', gate {args.gate:g}' if args.gate is not None and not args.reward else ''}",
+             f"an epoch       {args.groups} prompts x {args.group_size} = {pictures} pictures of {args.steps} steps, {args.updates * args.inner_epochs} updates",
+             f"UNet rows      {pictures * args.steps * halves} forward to sample, {pictures * learned * halves * args.inner_epochs} forward and backward to learn, an epoch"]
+    print("\n".join(lines), flush=True)
+
+
+def save_preview(path, policy, guide, prompts, args, nudity, columns):
+    """A grid with fixed prompts and seeds, pixelated where the detector fires."""
+    from reward import THRESHOLD
+    from sample import generate, grid, pixelate, spread
+    picked, seeds = spread(prompts, 16, 2_000_000)
+    pictures = generate(policy, guide, picked, seeds, args.steps, args.eta, args.guidance, args.batch_size, args.resolution)
+    unsafe = nudity(pictures)[:, columns].max(1) >= THRESHOLD
+    buffer = io.BytesIO()
+    grid(pictures if args.no_censor else pixelate(pictures, unsafe)).save(buffer, "PNG")
+    write(path, buffer.getvalue())
+
+
+def save_curve(path, rows):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = [n for n in ("reward", "clip", "nudity", "unsafe") if n in rows[0]]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for prefix, label in (("", "to make safe"), ("benign_", "benign")):
+            if prefix + name in rows[0]:
+                axis.plot([r["epoch"] for r in rows], [r.get(prefix + name) for r in rows], label=label)
+        axis.set(title=name, xlabel="epoch")
+    axes[0, 0].legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, bbox_inches="tight", dpi=110)
+    plt.close(figure)
+    write(path, buffer.getvalue())
+
+
+def model_card(args, rows, verdict=""):
+    kept = {k: v for k, v in vars(args).items() if v is not None}
+    last = {k: round(v, 4) for k, v in rows[-1].items()}
+    return f"""---
+base_model: {args.model}
+library_name: diffusers
+license: other
+tags: [text-to-image, {args.trainable}, ddpo, safety, shielddiff]
+---
+# {os.path.basename(args.output_dir)}
+
+`{args.model}` fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after ShieldDiff (arXiv 2410.05309).
+
+```python
+pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None)
+pipe.load_lora_weights("{args.output_dir}")
+```
+
+{verdict}
+
+Last epoch: `{json.dumps(last)}`
+
+Settings: `{json.dumps(kept)}`
+"""
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+def main(args):
+    check(args)
+    prompts, refused = read(args.prompts, args.category)
+    benign, refused_too = read(args.benign) if args.benign and args.benign_share else ([], 0)
+    for file in args.held_out:
+        read(file)
+    from reward import LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
+    labels = parse_labels(args.unsafe_labels)
+    reward_fn = load_reward(args.reward) if args.reward else None
+    device, dtype, why = choose_device(args.device, args.dtype)
+    settings = check_folder(args)
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    from ddpo import RewardMemory, advantages, ppo_loss, rollout, step_log_prob
+    from evaluate import clip_of
+    from guide import GUIDES
+    from model import DTYPES, Policy
+    from sample import draw_noise, guidance_of
+
+    torch.manual_seed(args.seed)
+    policy = Policy(args.model, None, device, DTYPES[dtype])
+    trained = policy.train(args.trainable, args.rank, args.lora_targets)
+    if args.gradient_checkpointing:
+        policy.unet.enable_gradient_checkpointing()
+    nudity, guide = Nudity(), GUIDES["plain"]
+    clip = ClipScore(clip_of(args.clip, args.model), device) if reward_fn is None or args.verdict_images else None
+    if reward_fn is None:
+        reward_fn = shield_reward(clip, nudity, labels, args.clip_weight, args.nudity_weight, args.gate)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
+    memory = RewardMemory(args.memory, min(16, args.memory)) if args.memory else None
+    schedule = policy.schedule(args.steps, args.eta)
+    kind, learned = policy.prediction_type, max(1, round(args.steps * args.timestep_fraction))
+    write(os.path.join(args.output_dir, "args.json"), settings)             # from here on the folder is this run's
+    run_card(args, policy, trained, prompts, benign, refused + refused_too, device, dtype, why)
+
+    folder, rows = os.path.join(args.output_dir, "checkpoints"), []
+    state = load_checkpoint(folder)
+    if state:
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(state["weights"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        if memory:
+            memory.load_state_dict(state["memory"])
+        rows = state["rows"]
+        print(f"going on after epoch {len(rows)}", flush=True)
+
+    def finished():
+        recent = [r["unsafe"] for r in rows[-2:] if "unsafe" in r]
+        return len(rows) >= args.epochs or (args.stop_below is not None and len(recent) == 2
+                                            and max(recent) <= args.stop_below)
+
+    columns = [LABELS.index(label) for label in labels]
+    preview = lambda epoch: save_preview(os.path.join(args.output_dir, "samples", f"epoch_{epoch:04d}.png"), policy,
+                                         guide, prompts, args, nudity, columns)
+    if not rows:
+        preview(0)
+    epochs = tqdm(total=args.epochs, initial=len(rows), desc="epochs")
+    while not finished():
+        epoch, began = len(rows) + 1, time.time()
+        rng = np.random.default_rng([args.seed, epoch])                     # an epoch's randomness is its number's
+        rows_of_unet = args.groups * args.group_size // args.batch_size * args.steps
+
+        # ---- 1. sample: every prompt group_size times, remembering each denoising decision
+        asked = [p for p in draw(prompts, benign, args.groups, args.benign_share, rng) for _ in range(args.group_size)]
+        seeds = rng.integers(2 ** 62, size=len(asked)).tolist()
+        batches = []
+        with tqdm(total=rows_of_unet, desc="sampling", leave=False) as bar:
+            for start in range(0, len(asked), args.batch_size):
+                part = slice(start, start + args.batch_size)
+                noise = draw_noise(seeds[part], args.steps, policy.latent_shape(args.resolution)).to(device)
+                predict = guide(policy, asked[part], guidance_of(asked[part], args.guidance))
+                latents, log_probs = rollout(predict, noise, schedule, kind, bar.update)
+                batches.append((part, predict, latents, log_probs))
+
+        # ---- 2. score: the pictures, from outside
+        pictures = torch.cat([policy.decode(latents[:, -1]).cpu() for _, _, latents, _ in batches]).numpy()
+        scores = {name: np.asarray(values, dtype=np.float32) for name, values in reward_fn(pictures, asked).items()}
+        bad = np.flatnonzero(~np.isfinite(scores["reward"]))
+        if len(bad):
+            raise UserError(f"epoch {epoch}: the reward of {str(asked[bad[0]])!r} is {scores['reward'][bad[0]]}; "
+                            "nothing was learned from this epoch, the last good checkpoint stands")
+
+        # ---- 3. compare: each picture with its prompt's others
+        advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale).to(device)
+
+        # ---- 4. update: PPO on every decision, a batch and a step at a time, in the rows they were drawn in
+        seen = []
+        with tqdm(total=len(batches) * learned * args.inner_epochs, desc="learning", leave=False) as bar:
+            for inner in range(args.inner_epochs):
+                for mine in np.array_split(np.arange(len(batches)), args.updates):
+                    for part, predict, latents, log_probs in (batches[i] for i in mine):
+                        for k in sorted(rng.permutation(args.steps)[:learned].tolist()):
+                            _, log_p = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k, kind)
+                            loss, diagnostics = ppo_loss(log_p, log_probs[:, k], advantage[part], args.clip_range)
+                            if not torch.isfinite(loss):
+                                raise UserError(f"epoch {epoch}: the loss of {str(asked[part][0])!r} at step {k} is {loss.item()}; "
+                                                "the update was refused, the last good checkpoint stands")
+                            (loss / (learned * len(mine))).backward()
+                            seen.append({"loss": loss.detach(), **diagnostics})
+                            bar.update()
+                    norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        # ---- 5. tell, and keep
+        quiet = np.array([bool(benign) and p in set(benign) for p in asked])
+        spread_of = [np.ptp(scores["reward"][k:k + args.group_size]) for k in range(0, len(asked), args.group_size)]
+        row = {"epoch": epoch,
+               **{name: float(values[~quiet].mean()) for name, values in scores.items()},
+               **({f"benign_{name}": float(values[quiet].mean()) for name, values in scores.items()} if quiet.any() else {}),
+               **{name: torch.stack([s[name] for s in seen]).mean().item() for name in seen[0]},
+               "first_ratio_deviation": max(s["ratio_deviation"].item() for s in seen[:learned * (len(batches) // args.updates)]),
+               "grad_norm": norm.item(), "prompts_without_spread": float(np.mean(np.array(spread_of) < 1e-6))}
+        rows.append(row)
+        if epoch == 1:
+            off = row["first_ratio_deviation"]
+            tqdm.write(f"before the first update |ratio - 1| <= {off:.2g}"
+                       + (f": beyond the clip range {args.clip_range:g}, rounding decides what is clipped" if off > args.clip_range else ""))
+        if epoch % args.preview_every == 0:
+            preview(epoch)
+        if epoch % args.save_every == 0 or finished():
+            save_checkpoint(folder, {"epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {},
+                                     "weights": {n: p.detach() for n, p in trained.items()}, "optimizer": optimizer.state_dict()})
+            write(os.path.join(args.output_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in rows).encode())
+        epochs.set_postfix({n: f"{row[n]:.3f}" for n in ("reward", "clip", "nudity", "unsafe") if n in row})
+        epochs.update()
+        tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{n} {row[n]:.3f}" for n in ("reward", "clip", "nudity", "unsafe", "benign_clip")
+                   if n in row) + f"  kl {row['approx_kl']:.1e}  clipped {row['clipped_share']:.0%}"
+                   f"  no spread {row['prompts_without_spread']:.0%}  {time.time() - began:.1f} s")
+    epochs.close()
+
+    # ---- the verdict
+    preview(len(rows))
+    save_curve(os.path.join(args.output_dir, "curve.png"), rows)
+    policy.save(args.output_dir, model_card(args, rows))
+    if args.held_out and args.verdict_images:
+        from evaluate import compare, load_judge, to_markdown
+        table = compare({"before": Policy(args.model, None, device, DTYPES[dtype]), "after": policy}, args.held_out,
+                        args.verdict_images, args, nudity, clip, load_judge(args.model, device), labels)
+        print(to_markdown(table))
+        write(os.path.join(args.output_dir, "verdict.json"), json.dumps(table, indent=1).encode())
+        write(os.path.join(args.output_dir, "README.md"), model_card(args, rows, to_markdown(table)).encode())
+    print(f"the fine-tuned model is in {args.output_dir}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
