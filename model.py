@@ -26,7 +26,7 @@ class Policy:
     """
 
     def __init__(self, model, checkpoint=None, device="cpu", dtype=torch.float32):
-        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+        from diffusers import AutoModel, DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
         self.name, self.device, self.dtype = str(model), torch.device(device), dtype
 
@@ -39,7 +39,7 @@ class Policy:
 
         self.tokenizer = part(CLIPTokenizer, "tokenizer")
         self.text_encoder = part(CLIPTextModel, "text_encoder", use_safetensors=True).to(dtype)
-        self.vae = part(AutoencoderKL, "vae", use_safetensors=True).float()
+        self.vae = part(AutoModel, "vae", use_safetensors=True).float()
         self.unet = part(UNet2DConditionModel, "unet", use_safetensors=True)
         if checkpoint and os.path.isdir(os.path.join(checkpoint, "unet")):
             self.unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", use_safetensors=True)
@@ -57,7 +57,8 @@ class Policy:
         """(C, h, w) of a picture of `resolution` pixels, or of the model's own size."""
         size = self.unet.config.sample_size
         if resolution:
-            size = resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
+            widths = getattr(self.vae.config, "decoder_block_out_channels", None) or self.vae.config.block_out_channels
+            size = resolution // 2 ** (len(widths) - 1)
         return self.unet.config.in_channels, size, size
 
     def schedule(self, steps, eta):
