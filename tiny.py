@@ -287,8 +287,8 @@ def train_vae(args, device):
     import torch
     from diffusers import AutoencoderTiny
     torch.manual_seed(3)
-    model = AutoencoderTiny(encoder_block_out_channels=(32,) * 4, num_encoder_blocks=(0, 1, 2, 2),
-                            decoder_block_out_channels=(48,) * 4, num_decoder_blocks=(3, 2, 1, 0),
+    model = AutoencoderTiny(encoder_block_out_channels=(48,) * 4, num_encoder_blocks=(0, 1, 1, 2),
+                            decoder_block_out_channels=(48,) * 4, num_decoder_blocks=(2, 2, 1, 0),
                             latent_channels=16).to(device, memory_format=torch.channels_last)
     pictures, _ = draw_many(args.font, SEEN, args.per_combo, 3, "drawing for vae")
 
@@ -299,9 +299,9 @@ def train_vae(args, device):
         noise = torch.randn(z.shape, generator=rng).to(device) * z.std().detach()
         error = model.decode(z + .05 * noise).sample - x                    # the denoiser will not be exact
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()      # keeps it sharp
-        return error.abs().mean() + .5 * edges
+        return error.square().mean() + error.abs().mean() + .5 * edges
 
-    model = fit("vae", model, loss_fn, args.vae_steps, 2e-3, args.work, device, ema_decay=.998)
+    model = fit("vae", model, loss_fn, args.vae_steps, 1e-3, args.work, device, ema_decay=.998)
     with torch.no_grad():
         z = model.encode(to_unit(pictures[::len(pictures) // 512], device) * 2 - 1).latents
     model.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
