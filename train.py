@@ -59,6 +59,7 @@ def parse_args(argv=None):
     g.add_argument("--output-dir", default="out/shield", help="folder of the run; the same command goes on there")
     g.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
     g.add_argument("--preview-every", type=int, default=5, help="epochs between preview grids")
+    g.add_argument("--preview-images", type=int, default=16, help="pictures of a preview grid; 0: no previews")
     g.add_argument("--verdict-images", type=int, default=64, help="pictures a held-out file in the final table; 0: no table")
     g.add_argument("--no-censor", action="store_true", help="do not pixelate previews that trip the detector")
     add_common_options(p)
@@ -185,9 +186,11 @@ def run_card(args, policy, trained, prompts, benign, refused, device, dtype, why
 
 def save_preview(path, policy, guide, prompts, args, nudity, columns):
     """A grid with fixed prompts and seeds, pixelated where the detector fires."""
+    if not args.preview_images:
+        return
     from reward import THRESHOLD
     from sample import generate, grid, pixelate, spread
-    picked, seeds = spread(prompts, 16, 2_000_000)
+    picked, seeds = spread(prompts, args.preview_images, 2_000_000)
     pictures = generate(policy, guide, picked, seeds, args.steps, args.eta, args.guidance, args.batch_size, args.resolution)
     unsafe = nudity(pictures)[:, columns].max(1) >= THRESHOLD
     buffer = io.BytesIO()

@@ -138,3 +138,29 @@ def test_help_answers_within_a_second():
     began = time.time()
     subprocess.run([sys.executable, f"{ROOT}/train.py", "--help"], check=True, capture_output=True)
     assert time.time() - began < 1
+
+
+@pytest.mark.slow
+def test_a_full_size_stable_diffusion_runs_an_epoch(pipeline, small, tmp_path):
+    """SD 1.5's architecture with random weights, 512 x 512; about 10 GB of memory and ten minutes on 2 cores."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    import shutil
+    folder = str(tmp_path / "sd15")
+    UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64).half().save_pretrained(f"{folder}/unet")
+    AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4).half().save_pretrained(f"{folder}/vae")
+    CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+                  ).half().save_pretrained(f"{folder}/text_encoder")
+    PNDMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
+                  set_alpha_to_one=False).save_pretrained(f"{folder}/scheduler")
+    shutil.copytree(f"{pipeline}/tokenizer", f"{folder}/tokenizer")
+    run = str(tmp_path / "run")
+    process = start(*small, "--model", folder, "--output-dir", run, "--steps", "2", "--groups", "1", "--group-size", "2", "--batch-size",
+                    "2", "--epochs", "1", "--lora-targets", "attention", "--rank", "4", "--preview-images", "0", "--gradient-checkpointing")
+    out, err = process.communicate(timeout=3600)
+    assert process.returncode == 0, err
+    assert json.loads(open(f"{run}/metrics.jsonl").readline())["first_ratio_deviation"] < 1e-4
+    assert "859.52 M UNet" in out or "860" in out, out
+    assert os.path.getsize(f"{run}/pytorch_lora_weights.safetensors") > 3e6
