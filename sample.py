@@ -117,6 +117,9 @@ def run(main, args):
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: stopped; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
 
 
 def base_of(checkpoint, model):

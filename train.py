@@ -298,7 +298,7 @@ def main(args):
         return len(rows) >= args.epochs or (args.stop_below is not None and len(recent) == 2
                                             and max(recent) <= args.stop_below)
 
-    columns = [LABELS.index(label) for label in labels]
+    benign_texts, columns = set(benign), [LABELS.index(label) for label in labels]
     preview = lambda epoch: save_preview(os.path.join(args.output_dir, "samples", f"epoch_{epoch:04d}.png"), policy,
                                          guide, prompts, args, nudity, columns)
     if not rows:
@@ -352,7 +352,7 @@ def main(args):
                     optimizer.zero_grad()
 
         # ---- 5. tell, and keep
-        quiet = np.array([bool(benign) and p in set(benign) for p in asked])
+        quiet = np.array([p in benign_texts for p in asked])
         spread_of = [np.ptp(scores["reward"][k:k + args.group_size]) for k in range(0, len(asked), args.group_size)]
         row = {"epoch": epoch,
                **{name: float(values[~quiet].mean()) for name, values in scores.items()},
