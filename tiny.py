@@ -1,7 +1,7 @@
 """Builds the embedded world: a text-to-emoji Stable Diffusion, small enough to train on a laptop.
 
     python tiny.py                      # all stages, about two hours on 2 cores; writes tiny/ and data/
-    python tiny.py --stage unet         # one stage: clip, judge, vae, unet or data
+    python tiny.py --stage unet         # one stage: clip, judge, vae, unet, decoder or data
     python tiny.py --font PATH          # Noto Color Emoji from elsewhere (Debian: fonts-noto-color-emoji)
 
 The world is 64 emoji x 3 sizes x 8 backgrounds, drawn at 64 x 64 with small variations of place,
@@ -308,6 +308,40 @@ def train_vae(args, device):
     model.half().save_pretrained(f"{args.out}/vae")
 
 
+def encode_world(args, vae, device):
+    """Scaled latents (N, 16, 8, 8), combos (N, 3) and pictures uint8 of fresh drawings of what may be seen."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    pictures, combos = draw_many(args.font, SEEN, args.per_combo, 4, "drawing for unet")
+    cache = os.path.join(args.work, "latents.npy")
+    if not os.path.exists(cache):
+        with torch.no_grad():
+            latents = torch.cat([vae.encode(to_unit(pictures[k:k + 64], device) * 2 - 1).latents.cpu()
+                                 for k in tqdm(range(0, len(pictures), 64), desc="encoding")])
+        np.save(cache + ".tmp.npy", latents.numpy() * vae.config.scaling_factor)
+        os.replace(cache + ".tmp.npy", cache)
+    return torch.from_numpy(np.load(cache)), torch.from_numpy(combos), pictures
+
+
+def train_decoder(args, device):
+    """More of the decoder alone: the latents stay as the denoiser learned them, the pictures get sharper."""
+    import torch
+    from diffusers import AutoencoderTiny
+    vae = AutoencoderTiny.from_pretrained(f"{args.out}/vae").float().to(device, memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(False)
+    latents, _, pictures = encode_world(args, vae, device)
+
+    def loss_fn(step, rng):
+        i = torch.randint(len(latents), (8,), generator=rng)
+        z = latents[i] + .07 * torch.randn(latents[i].shape, generator=rng)  # the denoiser is not exact
+        error = vae.decode(z.to(device) / vae.config.scaling_factor).sample - (to_unit(pictures[i.numpy()], device) * 2 - 1)
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        return error.square().mean() + error.abs().mean() + .5 * edges
+
+    fit("decoder", vae, loss_fn, args.decoder_steps, 1e-3, args.work, device, ema_decay=.998).half().save_pretrained(f"{args.out}/vae")
+
+
 def make_scheduler(out):
     from diffusers import DDIMScheduler
     scheduler = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -318,10 +352,8 @@ def make_scheduler(out):
 
 def train_unet(args, device):
     """The denoiser: 8 x 8 x 16 latents, conditioned on the text tower's states."""
-    import numpy as np
     import torch
     from diffusers import AutoencoderTiny, UNet2DConditionModel
-    from tqdm import tqdm
     from transformers import CLIPTextModel, CLIPTokenizer
     torch.manual_seed(4)
     vae = AutoencoderTiny.from_pretrained(f"{args.out}/vae").float().to(device)
@@ -329,16 +361,7 @@ def train_unet(args, device):
     tokenizer = CLIPTokenizer.from_pretrained(f"{args.out}/tokenizer")
     scheduler = make_scheduler(f"{args.out}/scheduler")
     alphas = scheduler.alphas_cumprod.to(device)
-    cache = os.path.join(args.work, "latents.npz")
-    if not os.path.exists(cache):
-        pictures, combos = draw_many(args.font, SEEN, args.per_combo, 4, "drawing for unet")
-        with torch.no_grad():
-            latents = torch.cat([vae.encode(to_unit(pictures[k:k + 64], device) * 2 - 1).latents.cpu()
-                                 for k in tqdm(range(0, len(pictures), 64), desc="encoding")])
-        np.savez(cache[:-4] + ".tmp.npz", latents=latents * vae.config.scaling_factor, combos=combos)
-        os.replace(cache[:-4] + ".tmp.npz", cache)
-    data = np.load(cache)
-    latents, combos = torch.from_numpy(data["latents"]), torch.from_numpy(data["combos"])
+    latents, combos, _ = encode_world(args, vae, device)
     with torch.no_grad():                               # every caption is encoded once: 64 x 4 x 9 at most
         texts = {t: None for c in COMBOS for t in (caption(c), caption(c, False), caption(c, True, False),
                                                    caption(c, False, False))} | {"": None}
@@ -416,7 +439,7 @@ def write_index(args):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train the embedded text-to-emoji world.")
-    p.add_argument("--stage", default="all", choices=["all", "clip", "judge", "vae", "unet", "data"],
+    p.add_argument("--stage", default="all", choices=["all", "clip", "judge", "vae", "unet", "decoder", "data"],
                    help="what to build; 'all' in this order, skipping what is finished")
     p.add_argument("--font", default=FONT, help="Noto Color Emoji, bitmap version (CBDT)")
     p.add_argument("--out", default="tiny", help="folder of the finished world")
@@ -426,6 +449,7 @@ def parse_args(argv=None):
     p.add_argument("--clip-batch", type=int, default=128, help="pictures a step of CLIP")
     p.add_argument("--judge-steps", type=int, default=1200, help="steps of the judge (128 pictures each)")
     p.add_argument("--vae-steps", type=int, default=5000, help="steps of the autoencoder (8 pictures each)")
+    p.add_argument("--decoder-steps", type=int, default=5000, help="steps of the decoder alone (8 pictures each)")
     p.add_argument("--unet-steps", type=int, default=6000, help="steps of the denoiser")
     p.add_argument("--unet-batch", type=int, default=32, help="pictures a step of the denoiser")
     p.add_argument("--unet-lr", type=float, default=1e-3, help="peak learning rate of the denoiser")
@@ -438,7 +462,7 @@ def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     os.makedirs(args.work, exist_ok=True)
     os.makedirs(args.out, exist_ok=True)
-    stages = {"clip": train_clip, "judge": train_judge, "vae": train_vae, "unet": train_unet, "data": write_prompts}
+    stages = {"clip": train_clip, "judge": train_judge, "vae": train_vae, "unet": train_unet, "decoder": train_decoder, "data": write_prompts}
     for name, stage in stages.items():
         if args.stage in ("all", name):
             stage(args, device)
