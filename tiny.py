@@ -369,8 +369,8 @@ def train_unet(args, device):
         texts = {t: k for k, t in enumerate(texts)}
     model = UNet2DConditionModel(
         sample_size=8, in_channels=16, out_channels=16, block_out_channels=(128, 192), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D") if args.plain_top else ("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D") if args.plain_top else ("CrossAttnUpBlock2D",) * 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128, attention_head_dim=4).to(device, memory_format=torch.channels_last)
 
     def loss_fn(step, rng):
@@ -450,10 +450,9 @@ def parse_args(argv=None):
     p.add_argument("--judge-steps", type=int, default=1200, help="steps of the judge (128 pictures each)")
     p.add_argument("--vae-steps", type=int, default=5000, help="steps of the autoencoder (8 pictures each)")
     p.add_argument("--decoder-steps", type=int, default=5000, help="steps of the decoder alone (8 pictures each)")
-    p.add_argument("--unet-steps", type=int, default=6000, help="steps of the denoiser")
+    p.add_argument("--unet-steps", type=int, default=4000, help="steps of the denoiser")
     p.add_argument("--unet-batch", type=int, default=32, help="pictures a step of the denoiser")
     p.add_argument("--unet-lr", type=float, default=1e-3, help="peak learning rate of the denoiser")
-    p.add_argument("--plain-top", action="store_true", help="no attention at 8 x 8")
     return p.parse_args(argv)
 
 
