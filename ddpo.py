@@ -99,7 +99,7 @@ class RewardMemory:
         self.rewards = defaultdict(lambda: deque(maxlen=size))
 
     def state_dict(self):
-        return {prompt: list(rewards) for prompt, rewards in self.rewards.items()}
+        return {str(prompt): list(rewards) for prompt, rewards in self.rewards.items()}
 
     def load_state_dict(self, state):
         self.rewards.clear()

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 
-from prompts import read
+from prompts import UserError, read
 from sample import add_common_options, base_of, check_common, choose_device, generate, make_folder, run, spread
 
 HELD_OUT = ["data/unsafe_unseen.csv", "data/unsafe_never.csv", "data/benign_unseen.csv"]
@@ -59,7 +59,10 @@ def compare(policies, files, images, args, nudity, clip, judge, labels, progress
     total = len(policies) * len(files) * -(-images // args.batch_size) * args.steps
     with tqdm(total=total, desc="verdict", disable=not progress, leave=False) as bar:
         for file in files:
-            prompts, seeds = spread(read(file)[0], images, 1_000_000)       # far from the seeds of training
+            prompts, refused = read(file, args.category, option="--held-out")
+            if refused:
+                tqdm.write(f"{file}: refused {refused} prompts that mention minors")
+            prompts, seeds = spread(prompts, images, 1_000_000)             # far from the seeds of training
             table[file] = {}
             for name, policy in policies.items():
                 pictures = generate(policy, GUIDES["plain"], prompts, seeds, args.steps, args.eta, args.guidance,
@@ -84,6 +87,7 @@ def parse_args(argv=None):
     p.add_argument("--model", default=None, help="folder or hub id of the base; the checkpoint's, else tiny")
     p.add_argument("--checkpoint", nargs="*", default=[], help="out/NAME of train.py, or LoRA files")
     p.add_argument("--prompts", nargs="+", default=HELD_OUT, help="prompt files; the tiny world's held-out ones if left out")
+    p.add_argument("--category", default=None, help="only prompts of this category (I2P: sexual)")
     p.add_argument("--clip", default=None, help="CLIP model; the base's own clip/, else openai/clip-vit-large-patch14")
     p.add_argument("--images", type=int, default=256, help="pictures a file and model")
     p.add_argument("--batch-size", type=int, default=32, help="pictures at once; does not change them")
@@ -100,8 +104,10 @@ def main(args):
     model = base_of(args.checkpoint[0] if args.checkpoint else None, args.model)
     output = args.output_dir or (args.checkpoint[0] if args.checkpoint and os.path.isdir(args.checkpoint[0]) else "out/evaluation")
     make_folder(output)
+    if args.images < 1:
+        raise UserError(f"--images: {args.images} is given; at least 1 is needed")
     for file in args.prompts:
-        read(file)                                      # complain before an hour of sampling
+        read(file, args.category)                       # complain before an hour of sampling
     device, dtype, _ = choose_device(args.device, args.dtype)
     policies = {"base": Policy(model, None, device, DTYPES[dtype])}
     for path in args.checkpoint:
@@ -109,8 +115,11 @@ def main(args):
     table = compare(policies, args.prompts, args.images, args, Nudity(), ClipScore(clip_of(args.clip, model), device),
                     load_judge(model, device), labels)
     print(to_markdown(table))
-    with open(os.path.join(output, "results.json"), "w") as file:
-        json.dump({"args": vars(args), "table": table}, file, indent=1)
+    try:
+        with open(os.path.join(output, "results.json"), "w") as file:
+            json.dump({"args": vars(args), "table": table}, file, indent=1)
+    except OSError as error:
+        raise UserError(f"--output-dir: {output} can't be written ({error.strerror})") from None
 
 
 def clip_of(clip, model):

@@ -4,6 +4,7 @@ Loads any folder or hub id in Stable Diffusion 1.x's format, `tiny/` among them,
 safety checker is never loaded, since a blackened picture would count as a safe one.
 """
 import os
+import shutil
 
 import torch
 
@@ -22,31 +23,32 @@ class Policy:
 
     model: a folder or hub id; checkpoint: None, or a folder of train.py's or erase.py's (LoRA or unet/),
     or a LoRA file in diffusers' or kohya's form. dtype is what the network computes in; latents,
-    log-probabilities and trained weights are float32 always.
+    log-probabilities and trained weights are float32 always; with trainable, call train() next.
     """
 
-    def __init__(self, model, checkpoint=None, device="cpu", dtype=torch.float32):
+    def __init__(self, model, checkpoint=None, device="cpu", dtype=torch.float32, trainable=False):
         from diffusers import AutoModel, DDIMScheduler, UNet2DConditionModel
+        from safetensors import SafetensorError
         from transformers import CLIPTextModel, CLIPTokenizer
-        self.name, self.device, self.dtype = str(model), torch.device(device), dtype
+        self.device, self.dtype = torch.device(device), dtype
 
-        def part(cls, subfolder, **options):
+        def part(cls, subfolder, folder=model, option="--model", **options):
             try:
-                loaded = cls.from_pretrained(model, subfolder=subfolder, **options)
-            except (OSError, ValueError) as error:
-                raise UserError(missing(model, subfolder, error)) from None
+                loaded = cls.from_pretrained(folder, subfolder=subfolder, **options)
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                raise UserError(missing(folder, subfolder, error, option)) from None
             return loaded.requires_grad_(False).eval().to(device) if isinstance(loaded, torch.nn.Module) else loaded
 
+        whole = checkpoint and os.path.isdir(os.path.join(checkpoint, "unet"))
         self.tokenizer = part(CLIPTokenizer, "tokenizer")
         self.text_encoder = part(CLIPTextModel, "text_encoder", use_safetensors=True).to(dtype)
         self.vae = part(AutoModel, "vae", use_safetensors=True).float()
-        self.unet = part(UNet2DConditionModel, "unet", use_safetensors=True)
-        if checkpoint and os.path.isdir(os.path.join(checkpoint, "unet")):
-            self.unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", use_safetensors=True)
-            self.unet.requires_grad_(False).eval()
-        self.unet = self.unet.to(device, dtype, memory_format=torch.channels_last)
-        if checkpoint and not os.path.isdir(os.path.join(checkpoint, "unet")):
+        self.unet = part(UNet2DConditionModel, "unet", *((checkpoint, "--checkpoint") if whole else ()), use_safetensors=True)
+        self.unet = self.unet.float().to(memory_format=torch.channels_last)
+        if checkpoint and not whole:
             load_lora(self.unet, checkpoint)
+        if not trainable:
+            self.lower()
         # SD 1.4 ships PNDM's configuration: the same betas; DDIM's last step must keep its noise
         self.scheduler = DDIMScheduler.from_config(part(DDIMScheduler, "scheduler").config, clip_sample=False,
                                                    set_alpha_to_one=False, steps_offset=1)
@@ -62,19 +64,21 @@ class Policy:
         return self.unet.config.in_channels, size, size
 
     def schedule(self, steps, eta):
-        self.scheduler.set_timesteps(steps)
-        rows = ddim_schedule(self.scheduler.alphas_cumprod, self.scheduler.timesteps, eta)
+        try:
+            self.scheduler.set_timesteps(steps)
+            rows = ddim_schedule(self.scheduler.alphas_cumprod, self.scheduler.timesteps, eta)
+        except (ValueError, IndexError) as error:
+            raise UserError(f"--steps, --eta: {steps} steps with eta {eta:g} don't fit this scheduler ({error})") from None
         return type(rows)(*(row.to(self.device) for row in rows))
 
     @torch.no_grad()
     def encode(self, prompts):
         """Texts -> text states (B, L, D). Frozen, so every text is encoded once."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self.states]
-        if new:
+        for new in [p for p in dict.fromkeys(prompts) if p not in self.states]:
             length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-            ids = self.tokenizer([str(p) for p in new], padding="max_length", truncation=True, max_length=length,
-                                 return_tensors="pt").input_ids
-            self.states.update(zip(new, self.text_encoder(ids.to(self.device)).last_hidden_state))
+            ids = self.tokenizer([str(new)], padding="max_length", truncation=True, max_length=length,
+                                 return_tensors="pt").input_ids             # alone: the same in any company
+            self.states[new] = self.text_encoder(ids.to(self.device)).last_hidden_state[0]
         return torch.stack([self.states[p] for p in prompts])
 
     def unet_output(self, x, t, text):
@@ -93,31 +97,43 @@ class Policy:
     # ---- what is trained -------------------------------------------------------------------------
 
     def train(self, trainable, rank=4, targets="attention"):
-        """Make "lora" or "full" trainable; returns the trained parameters by name."""
+        """Make "lora" or "full" trainable; returns the trained parameters (float32) by name."""
         if trainable == "full":
-            self.unet.float().requires_grad_(True)
+            self.unet.requires_grad_(True)
         else:
             from peft import LoraConfig
             # alpha == rank, so that a loader which forgets alpha still draws the same picture
             self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                              target_modules=LORA_TARGETS[targets]))
-            for p in self.unet.parameters():
-                p.data = p.data.float() if p.requires_grad else p.data
+        self.lower()
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+
+    def lower(self):
+        """Frozen base weights to the computing dtype; what is or was trained stays float32."""
+        for name, p in self.unet.named_parameters():
+            if not p.requires_grad and "lora_" not in name:
+                p.data = p.data.to(self.dtype)
 
     def save(self, folder, card):
         """Write the checkpoint in diffusers' and kohya's formats with a model card (Markdown text)."""
-        if not hasattr(self.unet, "peft_config"):
-            self.unet.save_pretrained(os.path.join(folder, "unet"))
-        else:
-            save_lora(self.unet, folder)
-        with open(os.path.join(folder, "README.md"), "w") as file:
-            file.write(card)
+        from safetensors import SafetensorError
+        try:
+            if hasattr(self.unet, "peft_config"):
+                save_lora(self.unet, folder)
+            else:
+                self.unet.save_pretrained(os.path.join(folder, "unet.tmp"))
+                shutil.rmtree(os.path.join(folder, "unet"), ignore_errors=True)
+                os.rename(os.path.join(folder, "unet.tmp"), os.path.join(folder, "unet"))
+            with open(os.path.join(folder, "README.md"), "w") as file:
+                file.write(card)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--output-dir: the model could not be written into {folder} ({first_line(error)}); "
+                            "the last checkpoint stands, and the same command goes on from it") from None
 
 
-def missing(model, subfolder, error):
+def missing(model, subfolder, error, option="--model"):
     if os.path.isdir(model):
-        return f"--model: {model} has no usable {subfolder}/ in Stable Diffusion's format ({first_line(error)})"
+        return f"{option}: {model} has no usable {subfolder}/ in Stable Diffusion's format ({first_line(error)})"
     if os.path.sep in str(model) and str(model).count("/") == 1 and not str(model).startswith((".", "/")):
         return (f"--model: the hub does not give {model} ({first_line(error)}); "
                 "give the path of a local folder with unet/, vae/, text_encoder/, tokenizer/, scheduler/")
@@ -147,13 +163,20 @@ def save_lora(unet, folder):
 def load_lora(unet, path):
     """Put a LoRA (a folder with LORA_FILE, or a safetensors file of either form) on the UNet."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
+    from safetensors import SafetensorError
     file = os.path.join(path, LORA_FILE) if os.path.isdir(path) else path
     if not os.path.isfile(file):
         raise UserError(f"--checkpoint: {path} holds neither {LORA_FILE} nor unet/")
     try:
         state, alphas = Loader.lora_state_dict(os.path.dirname(file) or ".", weight_name=os.path.basename(file),
                                                use_safetensors=True, local_files_only=True)
+        state = {k: v for k, v in state.items() if k.startswith("unet.")}
+        if not state:
+            raise ValueError("it has no weights for a UNet")
         Loader.load_lora_into_unet(state, alphas, unet)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as error:
         raise UserError(f"--checkpoint: {file} does not fit this model ({first_line(error)})") from None
+    found = sum("lora_A" in name or "lora_B" in name for name, _ in unet.named_parameters())
+    if found != sum(v.ndim > 1 for v in state.values()):                    # two matrices a layer; alphas are scalars
+        raise UserError(f"--checkpoint: {file} does not fit this model (only some of its weights have a place)")
     unet.requires_grad_(False)

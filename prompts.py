@@ -11,6 +11,7 @@ file, in any program; there is no option for that.
 """
 import csv
 import json
+import math
 import os
 import re
 import unicodedata
@@ -47,63 +48,72 @@ MINOR = re.compile(r"""\b(?:
     | newborns? | pre-?teens? | tweens? | teens? | teen-?age(?:r|rs|d)? | adolescen(?:t|ts|ce) | juveniles?
     | minors | (?:a|the|is|female|male|sexy|nude|naked)\s+minor(?!\s+(?:key|chord|scale|league|planet|injur|third)) | under-?\s?aged?
     | school-?\s?(?:girl|boy|child|kid)(?:s|ren)? | pre-?schoolers? | kindergart(?:en|ner|eners?|ners)
-    | (?:elementary|primary|middle|high|grade)[\s-]school(?:er|ers)? | (?:little|young|small|tiny|baby)[\s-](?:girl|boy)s?
+    | (?:elementary|primary|middle|high|grade)[\s-]?school(?:er|ers|girl|boy|girls|boys)? | (?:\d+(?:st|nd|rd|th)|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)[\s-]grade(?:r|rs)? | (?:little|young|small|tiny|baby)[\s-](?:girl|boy)s?
     | loli(?:s|con|ta|tas)? | shota(?:s|con)? | jail-?bait | pa?edo(?:s|phil\w*)? | pubescent | pre-?pubescent | puberty
     | (?:boy|girl)[\s-]?scouts? | youngsters? | youths? | cub[\s-]scouts? | daughters? | stepdaughters? | grandchild(?:ren)?
     )\b""", re.X)
-MAYBE_MINOR = re.compile(r"\b(?:girls?|boys?|young(?:er|est)?|youth(?:ful)?|students?|pupils?|sons?|stepsons?|niece|nephew"
+MAYBE_MINOR = re.compile(r"\b(?:girls?|boys?|young(?:er|est)?|youth(?:ful)?|students?|pupils?|sons?|stepsons?|nieces?|nephews?"
                          r"|cherub\w*|petite|flat[\s-]chested|innocent|virgin\w*|cheerleaders?|uniform|minor|barely\s?legal)\b")
-NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen".split()
-AGE = re.compile(r"\b(?:(?:aged?|age of)[\s:]*(?P<a>\d{1,2}|" + "|".join(NUMBERS) + r")\b"
-                 r"|(?P<b>\d{1,2}|" + "|".join(NUMBERS) + r")[\s-]*(?:(?:years?|yrs?|months?)[\s-]*(?:old|of\sage)|y[\s./]?o\b))")
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+           "eighteen").split()
+NUMBER = r"(?P<{0}>\d{{1,2}}|" + "|".join(NUMBERS) + r")"
+AGE = re.compile(r"\b(?:aged?|age of)(?:\s+only)?[\s:]*" + NUMBER.format("a") + r"\b"
+                 r"|\b(?P<under>under|below|younger than)(?: the)?(?: age)?(?: of)?[\s-]*" + NUMBER.format("u") + r"\b"
+                 r"|\b" + NUMBER.format("b") + r"[\s-]*(?:(?:years?|yrs?|months?)[\s-]*(?:old|of\sage)|y[\s./]?o\b)")
+YEARS = re.compile(r"\b" + NUMBER.format("y") + r"[\s-]*(?:years?|yrs?)\b")         # "12 years", beside something sexual
 SEXUAL = re.compile(r"nud|nake|sex|porn|erot|bare\b|topless|bottomless|undress|unclothed|strip|lingerie|underwear|pant(?:y|ies)|bikini|swim"
                     r"|thong|breast|boob|nippl|tits?\b|butt|\bass\b|\barse|genital|penis|vagin|vulva|puss|cock\b|dick\b|orgas|fetish|hentai|nsfw"
                     r"|lewd|lust|sensual|seduc|provocativ|bedroom|kinky|bdsm|cleavage|see-through|sheer|shower|bath|explicit|xxx|onlyfans|playboy|venus")
-STEMS = "child teen toddler infant underage schoolgirl schoolboy loli shota preteen".split()
-LEET = str.maketrans("013457@$!", "oieastasi")
+# beginnings of words that count inside others too (teenporn, babygirl) when something sexual is near
+STEMS = re.compile(r"child|teen|toddler|infant|underage|school(?:girl|boy|kid)|loli(?:ta|con)|shota|baby|kid(?!ney|nap)|boys?\b|girl|minor|jailbait")
+LEET = [str.maketrans("013457@$!|", f"o{one}eastasi{one}") for one in "il"]
 
 
 def mentions_minor(text, category=""):
     """Whether a prompt is refused. Spelling tricks (accents, digits for letters, dots) are undone."""
     plain = unicodedata.normalize("NFKD", text).casefold()
-    plain = "".join(c for c in plain if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
+    plain = "".join(c for c in plain if unicodedata.category(c)[0] != "M" and unicodedata.category(c) != "Cf")
     plain = re.sub(r"[_\s]+", " ", plain)
+    readings = [plain] + [plain.translate(table) for table in LEET]
+    spelled = [re.sub(r"\W", "", m) for t in readings for m in re.findall(r"\b(?:\w[ .*-]+){2,}\w\b", t)]   # c.h.i.l.d
+    sexual = "sexual" in category.lower() or any(SEXUAL.search(t) for t in readings + spelled)
     for age in AGE.finditer(plain):
-        years = age["a"] or age["b"]
-        if (int(years) if years.isdigit() else NUMBERS.index(years) + 1) < 18:
-            return True
-    spelled = [re.sub(r"\W", "", m) for m in re.findall(r"\b(?:\w[ .*-]){3,}\w\b", plain)]       # c.h.i.l.d
-    if any(stem in letters for letters in spelled for stem in STEMS):
+        if years_of(age["a"] or age["b"] or age["u"]) < 18 + bool(age["under"] and sexual):
+            return not age["under"] or sexual           # "under 12 stars" is no age, beside nudity it is one
+    if sexual and any(years_of(years["y"]) < 18 for years in YEARS.finditer(plain)):
         return True
-    sexual = "sexual" in category.lower() or any(SEXUAL.search(t) for t in (plain, plain.translate(LEET)))
-    return any(MINOR.search(t) or (sexual and MAYBE_MINOR.search(t))
-               for t in (plain, plain.translate(LEET)))
+    return (any(MINOR.search(t) for t in readings + spelled) or any(STEMS.search(t) for t in spelled if len(t) > 3)
+            or (sexual and any(MAYBE_MINOR.search(t) or STEMS.search(t) for t in readings + spelled)))
+
+
+def years_of(number):
+    return int(number) if number.isdigit() else NUMBERS.index(number)
 
 
 # ---- reading -----------------------------------------------------------------------------------
 
-def read(source, category=None, limit=None):
+def read(source, category=None, limit=None, option="--prompts"):
     """Prompts of a file or a literal text, and how many were refused: (list of Prompt, int).
 
-    category keeps the rows that name it. Raises UserError, with the line's number where one is bad.
+    option is the name that errors use; category keeps the rows that name it. Raises UserError, with the line's number where one is bad.
     """
     if not str(source).lower().endswith(ENDINGS):
         if os.path.exists(source):
-            raise UserError(f"--prompts: {source} is no prompt file; its name must end in .txt, .csv or .jsonl")
+            raise UserError(f"{option}: {source} is no prompt file; its name must end in .txt, .csv or .jsonl")
         if not source.strip():
-            raise UserError("--prompts: the text is empty; give a sentence or a .txt, .csv or .jsonl file")
+            raise UserError(f"{option}: the text is empty; give a sentence or a .txt, .csv or .jsonl file")
         rows = [(1, {"prompt": source})]
     else:
         if not os.path.isfile(source):
-            raise UserError(f"--prompts: the file {source} does not exist")
+            raise UserError(f"{option}: the file {source} does not exist")
         try:
             with open(source, encoding="utf-8-sig", newline="") as file:
-                rows = list(ROWS[os.path.splitext(source)[1].lower()](file, source))
+                rows = list(ROWS[os.path.splitext(source)[1].lower()](file, f"{option}: {source}"))
         except UnicodeDecodeError as error:
-            raise UserError(f"--prompts: {source} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            raise UserError(f"{option}: {source} is not UTF-8 text ({error.reason} at byte {error.start})") from None
         except OSError as error:
-            raise UserError(f"--prompts: {source} can't be read ({error.strerror})") from None
-    found = [parse(row, f"--prompts: {source}, line {number}") for number, row in rows]
+            raise UserError(f"{option}: {source} can't be read ({error.strerror})") from None
+    found = [parse(row, f"{option}: {source}, line {number}") for number, row in rows]
     if category:
         wanted = category.strip().lower()
         known = sorted({c for p in found for c in split_categories(p)})
@@ -113,7 +123,7 @@ def read(source, category=None, limit=None):
                             f"there are {', '.join(known) or 'none at all'}")
     kept = [p for p in found if not mentions_minor(p + " | " + p.safe_text, p.category)]
     if not kept:
-        raise UserError(f"--prompts: {source} has no usable prompt ({len(found) - len(kept)} refused)")
+        raise UserError(f"{option}: {source} has no usable prompt ({len(found) - len(kept)} refused)")
     return kept[:limit], len(found) - len(kept)
 
 
@@ -131,7 +141,7 @@ def csv_rows(file, source):
     reader = csv.DictReader(file)
     header = reader.fieldnames or []
     if not set(ALIASES["prompt"]) & set(header):
-        raise UserError(f"--prompts: {source} has no column 'prompt'; its columns are {', '.join(header) or 'none'}")
+        raise UserError(f"{source} has no column 'prompt'; its columns are {', '.join(header) or 'none'}")
     while True:
         number = reader.line_num + 1                    # a quoted prompt may span several lines
         try:
@@ -139,9 +149,9 @@ def csv_rows(file, source):
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"--prompts: {source}, line {number} is not CSV ({error})") from None
+            raise UserError(f"{source}, line {number} is not CSV ({error})") from None
         if None in row:
-            raise UserError(f"--prompts: {source}, line {number} has more fields than the header has columns")
+            raise UserError(f"{source}, line {number} has more fields than the header has columns")
         yield number, row
 
 
@@ -152,9 +162,9 @@ def jsonl_rows(file, source):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"--prompts: {source}, line {number} is not JSON ({error.msg})") from None
+            raise UserError(f"{source}, line {number} is not JSON ({error.msg})") from None
         if not isinstance(row, dict) or not set(ALIASES["prompt"]) & set(row):
-            raise UserError(f"--prompts: {source}, line {number} has no 'prompt'")
+            raise UserError(f"{source}, line {number} has no 'prompt'")
         yield number, row
 
 
@@ -171,10 +181,12 @@ def parse(row, where):
     if not get("prompt"):
         raise UserError(f"{where}: the prompt is empty")
     values = {}
-    for name, number in (("seed", int), ("guidance", float)):
+    for name, number in (("seed", lambda text: int(text.removesuffix(".0"))), ("guidance", float)):
         try:
-            values[name] = number(float(get(name))) if "." in get(name) else number(get(name)) if get(name) else None
-        except (ValueError, OverflowError):
+            values[name] = number(get(name)) if get(name) else None
+            if values[name] is not None and not math.isfinite(values[name]):
+                raise ValueError
+        except ValueError:
             raise UserError(f"{where}: {name} is {get(name)!r}, not a number") from None
     return Prompt(get("prompt"), get("safe_text"), category=get("category"), **values)
 

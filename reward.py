@@ -79,13 +79,13 @@ class ClipScore:
     """Cosine between CLIP's picture and text embeddings, computed in torch on the device."""
 
     def __init__(self, name, device="cpu"):
-        from transformers import CLIPModel, CLIPTokenizer
+        from safetensors import SafetensorError
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
         try:
             self.model = CLIPModel.from_pretrained(name, use_safetensors=True).float().to(device).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(name)
-            from transformers import CLIPImageProcessor
             processor = CLIPImageProcessor.from_pretrained(name)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"--clip: {name} is neither a folder with a CLIPModel nor to be had from the hub "
                             f"({str(error).strip().splitlines()[0]})") from None
         self.size = self.model.config.vision_config.image_size
@@ -96,12 +96,11 @@ class ClipScore:
     @torch.no_grad()
     def __call__(self, pictures, texts, chunk=64):
         """uint8 (N, H, W, 3) and N texts -> float32 (N,) in -1..1."""
-        new = [t for t in dict.fromkeys(texts) if t not in self.texts]
-        if new:
-            ids = self.tokenizer(new, padding=True, truncation=True, return_tensors="pt",
+        for new in [t for t in dict.fromkeys(texts) if t not in self.texts]:
+            ids = self.tokenizer([str(new)], truncation=True, return_tensors="pt",  # alone: the same in any company
                                  max_length=self.model.config.text_config.max_position_embeddings)
             found = self.model.get_text_features(**ids.to(self.device))
-            self.texts.update(zip(new, F.normalize(getattr(found, "pooler_output", found), dim=-1)))
+            self.texts[new] = F.normalize(getattr(found, "pooler_output", found), dim=-1)[0]
         text = torch.stack([self.texts[t] for t in texts])
         image = torch.cat([self.embed(pictures[k:k + chunk]) for k in range(0, len(pictures), chunk)])
         return (image * text).sum(-1).float().cpu().numpy()
@@ -111,9 +110,9 @@ class ClipScore:
         """Unit picture embeddings (N, D). Resize, crop and scale as CLIPImageProcessor does, in torch."""
         x = torch.as_tensor(np.asarray(pictures)).to(self.device).permute(0, 3, 1, 2).float()
         height, width = x.shape[2:]
-        if min(height, width) != self.size:
-            scale = self.size / min(height, width)
-            x = F.interpolate(x, size=(int(height * scale), int(width * scale)), mode="bicubic", antialias=True)
+        short, long = min(height, width), int(self.size * max(height, width) / min(height, width))
+        if short != self.size:
+            x = F.interpolate(x, size=(self.size, long) if height < width else (long, self.size), mode="bicubic", antialias=True)
             x = x.clamp(0, 255).round()
         top, left = (x.shape[2] - self.size) // 2, (x.shape[3] - self.size) // 2
         x = x[:, :, top:top + self.size, left:left + self.size] / 255
@@ -138,11 +137,14 @@ def shield_reward(clip, nudity, labels, clip_weight=1., nudity_weight=1., gate=N
 def load_reward(spec):
     """my_file.py:my_function -> that function."""
     path, _, name = spec.rpartition(":")
-    if not path or not os.path.isfile(path):
+    if not path.endswith(".py") or not os.path.isfile(path):
         raise UserError(f"--reward: {spec} is not of the form my_file.py:my_function with an existing file")
     module_spec = importlib.util.spec_from_file_location("their_reward", path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:                          # anything can go wrong in a file of theirs
+        raise UserError(f"--reward: {path} can't be imported ({type(error).__name__}: {error})") from None
     if not callable(getattr(module, name, None)):
         raise UserError(f"--reward: {path} has no function {name!r}")
     return getattr(module, name)

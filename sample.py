@@ -40,7 +40,7 @@ def guidance_of(prompts, default):
     """The default where no prompt brings its own scale, else a tensor (B,)."""
     import torch
     own = [getattr(p, "guidance", None) for p in prompts]
-    return default if not any(own) else torch.tensor([default if g is None else g for g in own])
+    return default if all(g is None for g in own) else torch.tensor([default if g is None else g for g in own])
 
 
 def pixelate(pictures, flags, blocks=8):
@@ -79,11 +79,17 @@ def choose_device(device, dtype):
     has_cuda = torch.cuda.is_available()
     if device == "auto":
         device = "cuda" if has_cuda else "cpu"
-    if device.startswith("cuda") and not has_cuda:
-        raise UserError("--device: cuda was asked for, and this PyTorch sees no CUDA device; give cpu or auto")
+    try:
+        known = torch.device(device).type == "cpu" or (torch.device(device).type == "cuda" and has_cuda
+                                                       and (torch.device(device).index or 0) < torch.cuda.device_count())
+    except RuntimeError:
+        known = False
+    if not known:
+        raise UserError(f"--device: {device} is not to be had here; give auto, cpu"
+                        + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count())))
     if dtype != "auto":
         return device, dtype, "as asked"
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
         return device, "bf16", "the GPU computes in it natively; latents, log-probabilities, LoRA stay fp32"
     return device, "fp32", "exact, and this device has no faster bf16"
 
@@ -104,8 +110,10 @@ def check_common(args):
     """Ranges that argparse does not know; UserError names the option."""
     if args.eta <= 0 or args.eta > 1:
         raise UserError(f"--eta: {args.eta:g} is given; a step without noise has no log-probability, so 0 < eta <= 1")
-    if not 1 <= args.steps <= 1000:
-        raise UserError(f"--steps: {args.steps} is given; 1 to 1000 are allowed")
+    if not 1 <= args.steps <= 999:
+        raise UserError(f"--steps: {args.steps} is given; 1 to 999 are allowed")
+    if args.seed < 0 or args.batch_size < 1:
+        raise UserError(f"--seed is 0 or more and --batch-size 1 or more; {args.seed} and {args.batch_size} are given")
     if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
         raise UserError(f"--resolution: {args.resolution} is given; a positive multiple of 8 is needed")
 
@@ -157,14 +165,16 @@ def parse_args(argv=None):
 
 def main(args):
     check_common(args)
-    prompts, refused = read(args.prompts, args.category)
+    if args.images is not None and args.images < 1:
+        raise UserError(f"--images: {args.images} is given; at least 1 is needed")
+    prompts, refused = read(args.prompts, args.category, option="prompts")
     if refused:
         print(f"refused {refused} prompts that mention minors")
     from PIL import Image
     from tqdm import tqdm
     from guide import GUIDES
     from model import DTYPES, Policy
-    from reward import LABELS, THRESHOLD, Nudity, parse_labels
+    from reward import EXPOSED, LABELS, THRESHOLD, Nudity, parse_labels
     labels = parse_labels(args.unsafe_labels)
     make_folder(args.output_dir)
     device, dtype, _ = choose_device(args.device, args.dtype)
@@ -174,12 +184,15 @@ def main(args):
     with tqdm(total=batches * args.steps, desc="sampling") as bar:
         pictures = generate(policy, GUIDES["plain"], prompts, seeds, args.steps, args.eta, args.guidance,
                             args.batch_size, args.resolution, bar.update)
-    scores = Nudity()(pictures)[:, [LABELS.index(label) for label in labels]].max(1)
-    shown = pictures if args.no_censor else pixelate(pictures, scores >= THRESHOLD)
-    for i, picture in enumerate(shown):
-        Image.fromarray(picture).save(os.path.join(args.output_dir, f"{i:05d}.png"))
-    grid(shown).save(os.path.join(args.output_dir, "grid.png"))
-    print(f"{len(pictures)} pictures in {args.output_dir}; {(scores >= THRESHOLD).sum()} trip the detector "
+    fires = Nudity()(pictures)[:, [LABELS.index(label) for label in {*labels, *EXPOSED}]].max(1) >= THRESHOLD
+    shown = pictures if args.no_censor else pixelate(pictures, fires)
+    try:
+        for i, picture in enumerate(shown):
+            Image.fromarray(picture).save(os.path.join(args.output_dir, f"{i:05d}.png"))
+        grid(shown).save(os.path.join(args.output_dir, "grid.png"))
+    except OSError as error:
+        raise UserError(f"--output-dir: {args.output_dir} can't be written ({error.strerror})") from None
+    print(f"{len(pictures)} pictures in {args.output_dir}; {fires.sum()} trip the detector "
           f"(score >= {THRESHOLD}){'' if args.no_censor else ' and are pixelated'}")
 
 

@@ -449,7 +449,7 @@ def parse_args(argv=None):
     p.add_argument("--clip-batch", type=int, default=128, help="pictures a step of CLIP")
     p.add_argument("--judge-steps", type=int, default=1200, help="steps of the judge (128 pictures each)")
     p.add_argument("--vae-steps", type=int, default=5000, help="steps of the autoencoder (8 pictures each)")
-    p.add_argument("--decoder-steps", type=int, default=5000, help="steps of the decoder alone (8 pictures each)")
+    p.add_argument("--decoder-steps", type=int, default=4000, help="steps of the decoder alone (8 pictures each)")
     p.add_argument("--unet-steps", type=int, default=4000, help="steps of the denoiser")
     p.add_argument("--unet-batch", type=int, default=32, help="pictures a step of the denoiser")
     p.add_argument("--unet-lr", type=float, default=1e-3, help="peak learning rate of the denoiser")

@@ -91,6 +91,10 @@ def check(args):
     if pictures // args.batch_size % args.updates:
         raise UserError(f"--updates: {args.updates} does not divide the {pictures // args.batch_size} batches of an epoch "
                         f"({pictures} pictures / --batch-size {args.batch_size})")
+    if args.memory < 0:
+        raise UserError(f"--memory: {args.memory} is given; 0 or more are allowed")
+    if args.benign and round(args.groups * args.benign_share) == args.groups:
+        raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts leaves none to make safe; give less")
     if args.group_size == 1 and not args.memory:
         raise UserError("--group-size: 1 leaves nothing to compare a picture with; give more, or --memory 32")
 
@@ -126,6 +130,10 @@ def save_checkpoint(folder, state, keep=2):
     for entry in entries[keep:]:
         if os.path.exists(os.path.join(folder, entry["file"])):
             os.remove(os.path.join(folder, entry["file"]))
+
+
+def write_metrics(folder, rows):
+    write(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_pointer(folder):
@@ -192,9 +200,9 @@ def save_preview(path, policy, guide, prompts, args, nudity, columns):
     from sample import generate, grid, pixelate, spread
     picked, seeds = spread(prompts, args.preview_images, 2_000_000)
     pictures = generate(policy, guide, picked, seeds, args.steps, args.eta, args.guidance, args.batch_size, args.resolution)
-    unsafe = nudity(pictures)[:, columns].max(1) >= THRESHOLD
+    fires = nudity(pictures)[:, columns].max(1) >= THRESHOLD
     buffer = io.BytesIO()
-    grid(pictures if args.no_censor else pixelate(pictures, unsafe)).save(buffer, "PNG")
+    grid(pictures if args.no_censor else pixelate(pictures, fires)).save(buffer, "PNG")
     write(path, buffer.getvalue())
 
 
@@ -219,6 +227,10 @@ def save_curve(path, rows):
 def model_card(args, rows, verdict=""):
     kept = {k: v for k, v in vars(args).items() if v is not None}
     last = {k: round(v, 4) for k, v in rows[-1].items()}
+    how = (f'pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None)\npipe.load_lora_weights("{args.output_dir}")'
+           if args.trainable == "lora" else
+           f'unet = UNet2DConditionModel.from_pretrained("{args.output_dir}", subfolder="unet")\n'
+           f'pipe = StableDiffusionPipeline.from_pretrained("{args.model}", unet=unet, safety_checker=None)')
     return f"""---
 base_model: {args.model}
 library_name: diffusers
@@ -230,8 +242,7 @@ tags: [text-to-image, {args.trainable}, ddpo, safety, shielddiff]
 `{args.model}` fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after ShieldDiff (arXiv 2410.05309).
 
 ```python
-pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None)
-pipe.load_lora_weights("{args.output_dir}")
+{how}
 ```
 
 {verdict}
@@ -247,10 +258,10 @@ Settings: `{json.dumps(kept)}`
 def main(args):
     check(args)
     prompts, refused = read(args.prompts, args.category)
-    benign, refused_too = read(args.benign) if args.benign and args.benign_share else ([], 0)
+    benign, refused_too = read(args.benign, option="--benign") if args.benign and args.benign_share else ([], 0)
     for file in args.held_out:
-        read(file)
-    from reward import LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
+        refused += read(file, args.category, option="--held-out")[1]
+    from reward import EXPOSED, LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
     labels = parse_labels(args.unsafe_labels)
     reward_fn = load_reward(args.reward) if args.reward else None
     device, dtype, why = choose_device(args.device, args.dtype)
@@ -266,12 +277,12 @@ def main(args):
     from sample import draw_noise, guidance_of
 
     torch.manual_seed(args.seed)
-    policy = Policy(args.model, None, device, DTYPES[dtype])
+    policy = Policy(args.model, None, device, DTYPES[dtype], trainable=True)
     trained = policy.train(args.trainable, args.rank, args.lora_targets)
     if args.gradient_checkpointing:
         policy.unet.enable_gradient_checkpointing()
     nudity, guide = Nudity(), GUIDES["plain"]
-    clip = ClipScore(clip_of(args.clip, args.model), device) if reward_fn is None or args.verdict_images else None
+    clip = ClipScore(clip_of(args.clip, args.model), device) if reward_fn is None or (args.held_out and args.verdict_images) else None
     if reward_fn is None:
         reward_fn = shield_reward(clip, nudity, labels, args.clip_weight, args.nudity_weight, args.gate)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
@@ -291,6 +302,7 @@ def main(args):
         if memory:
             memory.load_state_dict(state["memory"])
         rows = state["rows"]
+        write_metrics(args.output_dir, rows)            # forget what came after the checkpoint
         print(f"going on after epoch {len(rows)}", flush=True)
 
     def finished():
@@ -298,7 +310,7 @@ def main(args):
         return len(rows) >= args.epochs or (args.stop_below is not None and len(recent) == 2
                                             and max(recent) <= args.stop_below)
 
-    benign_texts, columns = set(benign), [LABELS.index(label) for label in labels]
+    benign_texts, columns = set(benign), [LABELS.index(label) for label in {*labels, *EXPOSED}]
     preview = lambda epoch: save_preview(os.path.join(args.output_dir, "samples", f"epoch_{epoch:04d}.png"), policy,
                                          guide, prompts, args, nudity, columns)
     if not rows:
@@ -324,6 +336,8 @@ def main(args):
         # ---- 2. score: the pictures, from outside
         pictures = torch.cat([policy.decode(latents[:, -1]).cpu() for _, _, latents, _ in batches]).numpy()
         scores = {name: np.asarray(values, dtype=np.float32) for name, values in reward_fn(pictures, asked).items()}
+        if scores.get("reward", np.empty(0)).shape != (len(asked),):
+            raise UserError(f"--reward: {args.reward} must give a dict with 'reward', one number a picture ({len(asked)})")
         bad = np.flatnonzero(~np.isfinite(scores["reward"]))
         if len(bad):
             raise UserError(f"epoch {epoch}: the reward of {str(asked[bad[0]])!r} is {scores['reward'][bad[0]]}; "
@@ -342,12 +356,16 @@ def main(args):
                             _, log_p = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k, kind)
                             loss, diagnostics = ppo_loss(log_p, log_probs[:, k], advantage[part], args.clip_range)
                             if not torch.isfinite(loss):
-                                raise UserError(f"epoch {epoch}: the loss of {str(asked[part][0])!r} at step {k} is {loss.item()}; "
+                                which = int((~torch.isfinite(log_p)).float().argmax())
+                                raise UserError(f"epoch {epoch}: the loss of {str(asked[part][which])!r} at step {k} is {loss.item()}; "
                                                 "the update was refused, the last good checkpoint stands")
                             (loss / (learned * len(mine))).backward()
                             seen.append({"loss": loss.detach(), **diagnostics})
                             bar.update()
                     norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm)
+                    if not torch.isfinite(norm):
+                        raise UserError(f"epoch {epoch}: the gradient over {sorted(set(asked))} is {norm.item()}; "
+                                        "the update was refused, the last good checkpoint stands")
                     optimizer.step()
                     optimizer.zero_grad()
 
@@ -368,9 +386,9 @@ def main(args):
         if epoch % args.preview_every == 0:
             preview(epoch)
         if epoch % args.save_every == 0 or finished():
+            write_metrics(args.output_dir, rows)
             save_checkpoint(folder, {"epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {},
                                      "weights": {n: p.detach() for n, p in trained.items()}, "optimizer": optimizer.state_dict()})
-            write(os.path.join(args.output_dir, "metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in rows).encode())
         epochs.set_postfix({n: f"{row[n]:.3f}" for n in ("reward", "clip", "nudity", "unsafe") if n in row})
         epochs.update()
         tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{n} {row[n]:.3f}" for n in ("reward", "clip", "nudity", "unsafe", "benign_clip")

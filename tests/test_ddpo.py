@@ -109,10 +109,12 @@ def test_remembered_advantages_equal_a_plain_loop_over_epochs():
             assert ours[i].item() == pytest.approx((rewards[i] - known.mean()) / (known.std() + 1e-6), abs=1e-4)
 
 
-def test_the_memory_survives_being_saved():
+def test_the_memory_survives_being_saved(tmp_path):
+    from prompts import Prompt
     memory, again = RewardMemory(3, 2), RewardMemory(3, 2)
-    advantages(torch.tensor([1., 2., 3., 4.]), list("aaab"), memory)
-    again.load_state_dict(memory.state_dict())
+    advantages(torch.tensor([1., 2., 3., 4.]), [Prompt(p) for p in "aaab"], memory)
+    torch.save(memory.state_dict(), tmp_path / "memory.pt")
+    again.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
     args = torch.tensor([5., 6.]), list("ab")
     assert torch.equal(advantages(*args, memory), advantages(*args, again))
 

@@ -48,13 +48,16 @@ def test_scores_do_not_depend_on_the_batch_and_pad_like_nudenet(nudity):
         assert nudity(wide[None])[0, LABELS.index(found["class"])] == pytest.approx(found["score"], abs=1e-4)
 
 
-def test_file_order_scores_what_nudenet_sees_by_path(tmp_path):
+def test_file_order_scores_what_nudenet_sees_by_path(tmp_path, nudity):
     import nudenet
     from PIL import Image
-    picture, path = peach(96), str(tmp_path / "p.png")
+    picture, path = peach(96)[..., ::-1].copy(), str(tmp_path / "p.png")    # skin-coloured once red and blue are swapped
     Image.fromarray(picture).save(path)
-    for found in nudenet.NudeDetector().detect(path):
-        assert Nudity("file")(picture[None])[0, LABELS.index(found["class"])] == pytest.approx(found["score"], abs=1e-4)
+    scores, boxes = Nudity("file")(picture[None])[0], nudenet.NudeDetector().detect(path)
+    assert boxes
+    for found in boxes:
+        assert scores[LABELS.index(found["class"])] == pytest.approx(found["score"], abs=1e-4)
+    assert np.allclose(scores, nudity(picture[None, ..., ::-1])[0], atol=1e-6)
 
 
 def test_labels_are_nudenets_in_its_order():
@@ -69,7 +72,7 @@ def test_label_sets_and_names_are_parsed():
         parse_labels("KNEES")
 
 
-@pytest.mark.parametrize("size", [(32, 32), (64, 64), (50, 80)])
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (50, 80), (440, 440), (97, 45)])
 def test_clip_score_agrees_with_transformers_own_processor(pipeline, size):
     from PIL import Image
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
