@@ -385,8 +385,9 @@ def train_unet(args, device):
         v = a.sqrt() * noise - (1 - a).sqrt() * x0      # v-prediction, arXiv 2202.00512
         return (model(x, t, c).sample - v).square().mean()
 
-    model = fit("unet", model, loss_fn, args.unet_steps, args.unet_lr, args.work, device, ema_decay=.999)
-    model.half().save_pretrained(f"{args.out}/unet")
+    for name, steps, lr in (("unet", args.unet_steps, 1e-3), ("unet2", args.unet_more, 6e-4)):        # a warm restart
+        model = fit(name, model.float().requires_grad_(True), loss_fn, steps, lr, args.work, device, ema_decay=.999)
+        model.half().save_pretrained(f"{args.out}/unet")
 
 
 # ---- the prompt files ----------------------------------------------------------------------------
@@ -452,7 +453,7 @@ def parse_args(argv=None):
     p.add_argument("--decoder-steps", type=int, default=4000, help="steps of the decoder alone (8 pictures each)")
     p.add_argument("--unet-steps", type=int, default=4000, help="steps of the denoiser")
     p.add_argument("--unet-batch", type=int, default=32, help="pictures a step of the denoiser")
-    p.add_argument("--unet-lr", type=float, default=1e-3, help="peak learning rate of the denoiser")
+    p.add_argument("--unet-more", type=int, default=6000, help="steps of its second round, at a lower rate")
     return p.parse_args(argv)
 
 

@@ -49,7 +49,8 @@ def parse_args(argv=None):
     g.add_argument("--clip-range", type=float, default=2e-3, help="PPO's, on the ratio of mean log-probs; scales with 1 / latent size (1e-4 for SD)")
     g.add_argument("--updates", type=int, default=2, help="updates an epoch; divides the number of batches")
     g.add_argument("--inner-epochs", type=int, default=1, help="passes over an epoch's pictures")
-    g.add_argument("--timestep-fraction", type=float, default=1., help="share of the steps that is learned from, drawn anew each batch")
+    g.add_argument("--timestep-fraction", type=float, default=.5, help="share of the steps that is learned from")
+    g.add_argument("--timestep-choice", default="early", choices=["early", "random"], help="the noisiest steps, or drawn anew each batch")
     g.add_argument("--advantage-scale", default="prompt", choices=["prompt", "batch"], help="divide by the prompt's spread, or the batch's")
     g.add_argument("--memory", type=int, default=0, help="past rewards kept a prompt (DDPO: 32); 0: compare within the group alone")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's")
@@ -352,12 +353,13 @@ def main(args):
             for inner in range(args.inner_epochs):
                 for mine in np.array_split(np.arange(len(batches)), args.updates):
                     for part, predict, latents, log_probs in (batches[i] for i in mine):
-                        for k in sorted(rng.permutation(args.steps)[:learned].tolist()):
+                        which = range(args.steps) if args.timestep_choice == "early" else rng.permutation(args.steps)
+                        for k in sorted(int(k) for k in which[:learned]):
                             _, log_p = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k, kind)
                             loss, diagnostics = ppo_loss(log_p, log_probs[:, k], advantage[part], args.clip_range)
                             if not torch.isfinite(loss):
-                                which = int((~torch.isfinite(log_p)).float().argmax())
-                                raise UserError(f"epoch {epoch}: the loss of {str(asked[part][which])!r} at step {k} is {loss.item()}; "
+                                bad = int((~torch.isfinite(log_p)).float().argmax())
+                                raise UserError(f"epoch {epoch}: the loss of {str(asked[part][bad])!r} at step {k} is {loss.item()}; "
                                                 "the update was refused, the last good checkpoint stands")
                             (loss / (learned * len(mine))).backward()
                             seen.append({"loss": loss.detach(), **diagnostics})
