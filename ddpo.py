@@ -64,6 +64,14 @@ def log_prob(x_prev, mean, sigma):
     return element.flatten(1).mean(1)
 
 
+def step_kl(mean, base_mean, sigma):
+    """KL(policy || base) of one step, averaged (as log_prob is) over a picture's latent elements: (B,).
+
+    Exact, since both are Gaussians of the same sigma (DPOK, arXiv 2305.16381, eq. 8).
+    """
+    return ((mean - base_mean) ** 2 / (2 * sigma ** 2)).flatten(1).mean(1)
+
+
 def step_log_prob(predict, x, x_prev, schedule, k, prediction_type="epsilon"):
     """The policy's mean at step k, and its log-probability (B,) of having gone from x to x_prev.
 

@@ -5,6 +5,7 @@ safety checker is never loaded, since a blackened picture would count as a safe 
 """
 import os
 import shutil
+from contextlib import contextmanager
 
 import torch
 
@@ -107,6 +108,13 @@ class Policy:
                                              target_modules=LORA_TARGETS[targets]))
         self.lower()
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def base(self):
+        """Within it the UNet is the base's: the LoRA is off."""
+        self.unet.disable_adapters()
+        yield
+        self.unet.enable_adapters()
 
     def lower(self):
         """Frozen base weights to the computing dtype; what is or was trained stays float32."""

@@ -53,6 +53,7 @@ def parse_args(argv=None):
     g.add_argument("--timestep-choice", default="early", choices=["early", "random"], help="the noisiest steps, or drawn anew each batch")
     g.add_argument("--advantage-scale", default="prompt", choices=["prompt", "batch"], help="divide by the prompt's spread, or the batch's")
     g.add_argument("--memory", type=int, default=0, help="past rewards kept a prompt (DDPO: 32); 0: compare within the group alone")
+    g.add_argument("--kl-weight", type=float, default=0., help="pull towards the base: weight of each step's divergence from it")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's")
     g.add_argument("--max-grad-norm", type=float, default=1., help="gradient clipping")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
@@ -271,7 +272,7 @@ def main(args):
     import numpy as np
     import torch
     from tqdm import tqdm
-    from ddpo import RewardMemory, advantages, ppo_loss, rollout, step_log_prob
+    from ddpo import RewardMemory, advantages, ppo_loss, rollout, step_kl, step_log_prob
     from evaluate import clip_of
     from guide import GUIDES
     from model import DTYPES, Policy
@@ -355,8 +356,14 @@ def main(args):
                     for part, predict, latents, log_probs in (batches[i] for i in mine):
                         which = range(args.steps) if args.timestep_choice == "early" else rng.permutation(args.steps)
                         for k in sorted(int(k) for k in which[:learned]):
-                            _, log_p = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k, kind)
+                            mean, log_p = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k, kind)
                             loss, diagnostics = ppo_loss(log_p, log_probs[:, k], advantage[part], args.clip_range)
+                            if args.kl_weight:
+                                with torch.no_grad(), policy.base():
+                                    base_mean, _ = step_log_prob(predict, latents[:, k], None, schedule, k, kind)
+                                diagnostics["base_kl"] = step_kl(mean, base_mean, schedule.sigma[k]).mean()
+                                loss = loss + args.kl_weight * diagnostics["base_kl"]
+                                diagnostics["base_kl"] = diagnostics["base_kl"].detach()
                             if not torch.isfinite(loss):
                                 bad = int((~torch.isfinite(log_p)).float().argmax())
                                 raise UserError(f"epoch {epoch}: the loss of {str(asked[part][bad])!r} at step {k} is {loss.item()}; "

@@ -64,7 +64,7 @@ def test_the_committed_world_is_small_safetensors_that_stock_diffusers_draws_wit
     files = [os.path.join(d, f) for d, _, names in os.walk("tiny") for f in names]
     assert sum(map(os.path.getsize, files)) < 30e6
     assert not [f for f in files if f.endswith((".bin", ".pt", ".ckpt", ".pkl"))]
-    pipe = StableDiffusionPipeline.from_pretrained("tiny", safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained("tiny", safety_checker=None).to(torch.float32)
     assert isinstance(pipe.scheduler, DDIMScheduler)
     pipe.set_progress_bar_config(disable=True)
     picture = pipe("a large lemon on a blue background", num_inference_steps=10, guidance_scale=2., output_type="np",
