@@ -65,7 +65,7 @@ def log_prob(x_prev, mean, sigma):
 
 
 def step_kl(mean, base_mean, sigma):
-    """KL(policy || base) of one step, averaged (as log_prob is) over a picture's latent elements: (B,).
+    """KL(policy || base) of one step, (B,), averaged over a picture's latent elements as log_prob is.
 
     Exact, since both are Gaussians of the same sigma (DPOK, arXiv 2305.16381, eq. 8).
     """

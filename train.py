@@ -53,7 +53,7 @@ def parse_args(argv=None):
     g.add_argument("--timestep-choice", default="early", choices=["early", "random"], help="the noisiest steps, or drawn anew each batch")
     g.add_argument("--advantage-scale", default="prompt", choices=["prompt", "batch"], help="divide by the prompt's spread, or the batch's")
     g.add_argument("--memory", type=int, default=0, help="past rewards kept a prompt (DDPO: 32); 0: compare within the group alone")
-    g.add_argument("--kl-weight", type=float, default=0., help="pull towards the base: weight of each step's divergence from it")
+    g.add_argument("--kl-weight", type=float, default=0., help="weight of each step's divergence from the base on benign prompts; holds what must stay")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's")
     g.add_argument("--max-grad-norm", type=float, default=1., help="gradient clipping")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
@@ -97,6 +97,9 @@ def check(args):
         raise UserError(f"--memory: {args.memory} is given; 0 or more are allowed")
     if args.benign and round(args.groups * args.benign_share) == args.groups:
         raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts leaves none to make safe; give less")
+    if args.kl_weight < 0 or args.kl_weight and args.trainable == "full":
+        raise UserError(f"--kl-weight: {args.kl_weight:g} is given with --trainable {args.trainable}; 0 or more, and above 0 "
+                        "only with lora, under which the base is still there to compare with")
     if args.group_size == 1 and not args.memory:
         raise UserError("--group-size: 1 leaves nothing to compare a picture with; give more, or --memory 32")
 
@@ -348,6 +351,8 @@ def main(args):
         # ---- 3. compare: each picture with its prompt's others
         advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale).to(device)
 
+        quiet = torch.tensor([p in benign_texts for p in asked], device=device)
+
         # ---- 4. update: PPO on every decision, a batch and a step at a time, in the rows they were drawn in
         seen = []
         with tqdm(total=len(batches) * learned * args.inner_epochs, desc="learning", leave=False) as bar:
@@ -358,12 +363,11 @@ def main(args):
                         for k in sorted(int(k) for k in which[:learned]):
                             mean, log_p = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k, kind)
                             loss, diagnostics = ppo_loss(log_p, log_probs[:, k], advantage[part], args.clip_range)
-                            if args.kl_weight:
+                            if args.kl_weight and quiet[part].any():
                                 with torch.no_grad(), policy.base():
                                     base_mean, _ = step_log_prob(predict, latents[:, k], None, schedule, k, kind)
-                                diagnostics["base_kl"] = step_kl(mean, base_mean, schedule.sigma[k]).mean()
-                                loss = loss + args.kl_weight * diagnostics["base_kl"]
-                                diagnostics["base_kl"] = diagnostics["base_kl"].detach()
+                                kl = (step_kl(mean, base_mean, schedule.sigma[k]) * quiet[part]).mean()
+                                loss, diagnostics["benign_kl"] = loss + args.kl_weight * kl, kl.detach()
                             if not torch.isfinite(loss):
                                 bad = int((~torch.isfinite(log_p)).float().argmax())
                                 raise UserError(f"epoch {epoch}: the loss of {str(asked[part][bad])!r} at step {k} is {loss.item()}; "
@@ -379,12 +383,12 @@ def main(args):
                     optimizer.zero_grad()
 
         # ---- 5. tell, and keep
-        quiet = np.array([p in benign_texts for p in asked])
+        benign_rows = quiet.cpu().numpy()
         spread_of = [np.ptp(scores["reward"][k:k + args.group_size]) for k in range(0, len(asked), args.group_size)]
         row = {"epoch": epoch,
-               **{name: float(values[~quiet].mean()) for name, values in scores.items()},
-               **({f"benign_{name}": float(values[quiet].mean()) for name, values in scores.items()} if quiet.any() else {}),
-               **{name: torch.stack([s[name] for s in seen]).mean().item() for name in seen[0]},
+               **{name: float(values[~benign_rows].mean()) for name, values in scores.items()},
+               **({f"benign_{name}": float(values[benign_rows].mean()) for name, values in scores.items()} if benign_rows.any() else {}),
+               **{name: torch.stack([s[name] for s in seen if name in s]).mean().item() for name in sorted({n for s in seen for n in s})},
                "first_ratio_deviation": max(s["ratio_deviation"].item() for s in seen[:learned * (len(batches) // args.updates)]),
                "grad_norm": norm.item(), "prompts_without_spread": float(np.mean(np.array(spread_of) < 1e-6))}
         rows.append(row)

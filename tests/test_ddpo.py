@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ddpo import RewardMemory, advantages, ddim_mean, ddim_schedule, log_prob, ppo_loss, rollout, step_log_prob
+from ddpo import RewardMemory, advantages, ddim_mean, ddim_schedule, log_prob, ppo_loss, rollout, step_kl, step_log_prob
 
 
 def scheduler(prediction_type="epsilon", **options):
@@ -123,3 +123,11 @@ def test_batch_scale_does_not_blow_up_a_prompt_that_scores_alike():
     rewards = torch.tensor([0., 1., .5, .5001])
     by_prompt, by_batch = (advantages(rewards, list("aabb"), scale=s) for s in ("prompt", "batch"))
     assert by_prompt[3] > .9 and abs(by_batch[3]) < 1e-3
+
+
+def test_the_divergence_from_the_base_equals_torch_distributions():
+    torch.manual_seed(0)
+    (mean, base), sigma = torch.randn(2, 3, 4, 8, 8), torch.tensor(.3)
+    Normal = torch.distributions.Normal
+    theirs = torch.distributions.kl_divergence(Normal(mean, sigma), Normal(base, sigma)).flatten(1).mean(1)
+    assert torch.allclose(step_kl(mean, base, sigma), theirs, rtol=1e-5)

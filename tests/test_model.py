@@ -57,6 +57,16 @@ def test_a_saved_lora_draws_the_same_picture_in_stock_diffusers(pipeline, tuned,
     assert np.abs(base - theirs).max() > .02                            # and the LoRA does something
 
 
+def test_within_base_the_lora_is_off(pipeline, tuned):
+    policy, _ = tuned
+    x, text = torch.randn(2, 4, 8, 8), policy.encode(["a large peach", "a dog"])
+    with torch.no_grad():
+        before, theirs = policy.unet_output(x, 500, text), Policy(pipeline).unet_output(x, 500, text)
+        with policy.base():
+            assert torch.equal(policy.unet_output(x, 500, text), theirs)
+        assert torch.equal(policy.unet_output(x, 500, text), before) and not torch.equal(before, theirs)
+
+
 def test_a_saved_lora_is_loaded_back_by_ours(pipeline, tuned):
     policy, folder = tuned
     for path in (folder, folder / LORA_FILE.replace(".", "_kohya.")):
