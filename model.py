@@ -113,8 +113,10 @@ class Policy:
     def base(self):
         """Within it the UNet is the base's: the LoRA is off."""
         self.unet.disable_adapters()
-        yield
-        self.unet.enable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
 
     def lower(self):
         """Frozen base weights to the computing dtype; what is or was trained stays float32."""

@@ -194,7 +194,8 @@ def run_card(args, policy, trained, prompts, benign, refused, device, dtype, why
              f"device         {device}, {dtype}: {why}",
              f"prompts        {len(prompts)} to make safe, {len(benign)} benign; {refused} refused for mentioning minors",
              f"reward         {args.reward or f'{args.clip_weight:g} clip - {args.nudity_weight:g} max({args.unsafe_labels})'}"
-             f"{f', gate {args.gate:g}' if args.gate is not None and not args.reward else ''}",
+             f"{f', gate {args.gate:g}' if args.gate is not None and not args.reward else ''}"
+             f"{f'; pull of benign prompts to the base {args.kl_weight:g}' if args.kl_weight and benign else ''}",
              f"an epoch       {args.groups} prompts x {args.group_size} = {pictures} pictures of {args.steps} steps, {args.updates * args.inner_epochs} updates",
              f"UNet rows      {pictures * args.steps * halves} forward to sample, {pictures * learned * halves * args.inner_epochs} forward and backward to learn, an epoch"]
     print("\n".join(lines), flush=True)
