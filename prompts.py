@@ -193,16 +193,19 @@ def parse(row, where):
 
 # ---- drawing -----------------------------------------------------------------------------------
 
-def draw(prompts, benign, groups, benign_share, rng):
-    """`groups` prompts for one epoch; about benign_share of them benign. rng: numpy Generator.
+def draw(prompts, benign, groups, benign_share, seed, epoch):
+    """`groups` prompts for one epoch (1, 2, ...); about benign_share of them benign.
 
-    Each list is walked in a fresh random order, so that no prompt comes twice before all came once.
+    Each list is walked in a random order, over the epochs, so that no prompt comes twice before all came once.
     """
+    import numpy as np
     quiet = round(groups * benign_share) if benign else 0
     picked = []
     for source, count in ((prompts, groups - quiet), (benign, quiet)):
-        order = []
-        while len(order) < count:
-            order += rng.permutation(len(source)).tolist()
-        picked += [source[i] for i in order[:count]]
+        orders = {}                                     # one order a walk, a function of the seed and its number
+        for position in range((epoch - 1) * count, epoch * count):
+            walk, place = divmod(position, len(source))
+            if walk not in orders:
+                orders[walk] = np.random.default_rng([seed, walk]).permutation(len(source))
+            picked.append(source[orders[walk][place]])
     return picked

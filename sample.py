@@ -96,7 +96,7 @@ def choose_device(device, dtype):
 
 def add_common_options(p):
     """Options that sampling, training and evaluation share."""
-    p.add_argument("--steps", type=int, default=10, help="denoising steps a picture (DDIM); Stable Diffusion wants 50")
+    p.add_argument("--steps", type=int, default=5, help="denoising steps a picture (DDIM); Stable Diffusion wants 50")
     p.add_argument("--eta", type=float, default=1., help="noise of DDIM's steps, above 0 to 1; 1 is DDPM's")
     p.add_argument("--guidance", type=float, default=2., help="classifier-free guidance scale; 1 is none; Stable Diffusion wants 5 to 7.5")
     p.add_argument("--resolution", type=int, default=None, help="pixels a side; the model's own size if left out")

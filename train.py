@@ -3,7 +3,7 @@
     python train.py                                   # the embedded world, minutes on a laptop
     python train.py --prompts mine.csv --benign coco.csv --model CompVis/stable-diffusion-v1-4 \
         --steps 50 --guidance 5 --batch-size 8 --groups 16 --lr 3e-4 --clip-range 1e-4 \
-        --updates 2 --timestep-fraction 1 --output-dir out/sd
+        --timestep-fraction 1 --output-dir out/sd
 
 Each epoch: sample pictures, score them, compare them with their prompt's others, update the policy by
 PPO on the denoising steps (DDPO). Ends with a before/after table on held-out prompts. Writes into
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("reward")
     g.add_argument("--reward", default=None, help="my_file.py:my_function instead of CLIP + nudity")
     g.add_argument("--clip", default=None, help="CLIP model; the model's own clip/, else openai/clip-vit-large-patch14")
-    g.add_argument("--clip-weight", type=float, default=1., help="weight of the CLIP cosine")
+    g.add_argument("--clip-weight", type=float, default=.5, help="weight of the CLIP cosine")
     g.add_argument("--nudity-weight", type=float, default=1., help="weight of the worst unsafe label's score, 0..1")
     g.add_argument("--gate", type=float, default=None, help="withhold CLIP's part where nudity reaches this")
     g = p.add_argument_group("sampling")
@@ -44,17 +44,18 @@ def parse_args(argv=None):
     g.add_argument("--batch-size", type=int, default=32, help="pictures at once, sampling and learning")
     g.add_argument("--benign-share", type=float, default=.25, help="share of an epoch's prompts from --benign")
     g = p.add_argument_group("learning")
-    g.add_argument("--epochs", type=int, default=32, help="epochs at most")
+    g.add_argument("--epochs", type=int, default=28, help="epochs at most")
     g.add_argument("--stop-below", type=float, default=None, help="stop when the unsafe share of two epochs is at most this")
-    g.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
+    g.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW, at first")
+    g.add_argument("--lr-schedule", default="linear", choices=["linear", "constant"], help="linear: falls to 0 after --epochs")
     g.add_argument("--clip-range", type=float, default=5e-3, help="PPO's, on the ratio of mean log-probs; scales with 1 / latent size (1e-4 for SD)")
-    g.add_argument("--updates", type=int, default=1, help="updates an epoch; divides the number of batches")
+    g.add_argument("--updates", type=int, default=2, help="updates an epoch; divides the number of batches")
     g.add_argument("--inner-epochs", type=int, default=1, help="passes over an epoch's pictures")
     g.add_argument("--timestep-fraction", type=float, default=.4, help="share of the steps that is learned from")
     g.add_argument("--timestep-choice", default="early", choices=["early", "random"], help="the noisiest steps, or drawn anew each batch")
-    g.add_argument("--advantage-scale", default="prompt", choices=["prompt", "batch"], help="divide by the prompt's spread, or the batch's")
+    g.add_argument("--advantage-scale", default="batch", choices=["prompt", "batch"], help="divide by the prompt's spread, or the batch's")
     g.add_argument("--memory", type=int, default=0, help="past rewards kept a prompt (DDPO: 32); 0: compare within the group alone")
-    g.add_argument("--kl-weight", type=float, default=None, help="weight of each step's divergence from the base on benign prompts; .1 for a LoRA, 0 for full")
+    g.add_argument("--kl-weight", type=float, default=None, help="weight of each step's divergence from the base on benign prompts; .3 for a LoRA, 0 for full")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's")
     g.add_argument("--max-grad-norm", type=float, default=1., help="gradient clipping")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
@@ -99,7 +100,7 @@ def check(args):
     if args.benign and round(args.groups * args.benign_share) == args.groups:
         raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts leaves none to make safe; give less")
     if args.kl_weight is None:
-        args.kl_weight = .1 if args.trainable == "lora" else 0.
+        args.kl_weight = .3 if args.trainable == "lora" else 0.
     if args.kl_weight < 0 or args.kl_weight and args.trainable == "full":
         raise UserError(f"--kl-weight: {args.kl_weight:g} is given with --trainable {args.trainable}; 0 or more, and above 0 "
                         "only with lora, under which the base is still there to compare with")
@@ -331,7 +332,7 @@ def main(args):
         rows_of_unet = args.groups * args.group_size // args.batch_size * args.steps
 
         # ---- 1. sample: every prompt group_size times, remembering each denoising decision
-        asked = [p for p in draw(prompts, benign, args.groups, args.benign_share, rng) for _ in range(args.group_size)]
+        asked = [p for p in draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch) for _ in range(args.group_size)]
         seeds = rng.integers(2 ** 62, size=len(asked)).tolist()
         batches = []
         with tqdm(total=rows_of_unet, desc="sampling", leave=False) as bar:
@@ -358,6 +359,8 @@ def main(args):
         quiet = torch.tensor([p in benign_texts for p in asked], device=device)
 
         # ---- 4. update: PPO on every decision, a batch and a step at a time, in the rows they were drawn in
+        for group in optimizer.param_groups:                                # a function of the epoch, so that a resumed run is the same
+            group["lr"] = args.lr * (1 if args.lr_schedule == "constant" else 1 - (epoch - 1) / args.epochs)
         seen = []
         with tqdm(total=len(batches) * learned * args.inner_epochs, desc="learning", leave=False) as bar:
             for inner in range(args.inner_epochs):

@@ -100,5 +100,12 @@ def test_refused_prompts_are_dropped_and_counted(tmp_path):
 
 
 def test_drawing_shows_every_prompt_before_any_comes_twice():
-    picked = draw(list("abcd"), list("xy"), 8, .25, np.random.default_rng(0))
+    picked = draw(list("abcd"), list("xy"), 8, .25, 0, 1)
     assert sorted(picked[:4]) == list("abcd") and len(picked) == 8 and sorted(picked[6:]) == ["x", "y"]
+
+
+def test_drawing_walks_on_from_epoch_to_epoch_and_needs_no_memory_of_the_past():
+    epochs = [draw(list("abcde"), [], 2, 0, 3, epoch) for epoch in range(1, 6)]
+    walked = sum(epochs, [])
+    assert sorted(walked[:5]) == sorted(walked[5:]) == list("abcde") and walked[:5] != walked[5:]
+    assert draw(list("abcde"), [], 2, 0, 3, 4) == epochs[3]

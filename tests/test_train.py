@@ -29,7 +29,7 @@ def small(pipeline, tmp_path_factory):
     return ["--model", pipeline, "--prompts", str(folder / "p.txt"), "--reward", f"{folder}/mine.py:redness", "--steps", "4",
             "--groups", "2", "--group-size", "8", "--batch-size", "8", "--guidance", "1", "--lr", "5e-3", "--updates", "1", "--epochs", "6",
             "--verdict-images", "0", "--preview-every", "2",
-            "--timestep-fraction", ".5", "--advantage-scale", "prompt"]
+            "--timestep-fraction", ".5", "--advantage-scale", "prompt", "--lr-schedule", "constant"]
 
 
 def start(*options):
