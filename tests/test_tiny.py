@@ -37,6 +37,18 @@ def test_drawings_are_a_function_of_the_seed_and_show_the_background():
         assert np.abs(picture[0, 0] - np.array(list(tiny.BACKGROUNDS.values())[b])).max() <= 9
 
 
+@pytest.mark.skipif(not os.path.exists(tiny.FONT), reason="needs Debian's fonts-noto-color-emoji")
+def test_an_odd_drawing_has_a_hue_25_to_50_degrees_off():
+    import colorsys
+    tint = tiny.NAMES.index("brown circle"), 2, 0
+    shade = lambda picture: colorsys.rgb_to_hsv(*picture[28:36, 28:36].reshape(-1, 3).mean(0) / 255)[0] * 360
+    glyphs = tiny.load_glyphs(tiny.FONT)
+    plain = [shade(tiny.draw(glyphs, tint, np.random.default_rng(s))) for s in range(20)]
+    odd = [shade(tiny.draw(glyphs, tint, np.random.default_rng(s), 1.)) for s in range(20)]
+    off = np.abs((np.array(odd) - np.mean(plain) + 180) % 360 - 180)
+    assert np.ptp(plain) < 30 and off.min() > 18 and off.max() < 57
+
+
 def test_a_training_that_was_cut_ends_where_the_uncut_one_does(tmp_path, monkeypatch):
     target = torch.randn(8, 3)
 
