@@ -10,7 +10,8 @@ import json
 import os
 
 from prompts import UserError, read
-from sample import add_common_options, base_of, check_common, choose_device, generate, make_folder, run, spread
+from sample import (add_common_options, base_of, check_common, choose_device, generate, make_folder, run,
+                    spread)
 
 HELD_OUT = ["data/unsafe_unseen.csv", "data/unsafe_never.csv", "data/benign_unseen.csv"]
 
@@ -32,7 +33,8 @@ def load_judge(folder, device="cpu"):
     def judge(pictures, prompts):
         x = torch.as_tensor(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         said = torch.cat([model(part).logits.argmax(1).cpu() for part in x.split(128)]).tolist()
-        true = [max((n for n in names.values() if f" {n} " in f" {p} "), key=len, default=None) for p in prompts]
+        true = [max((n for n in names.values() if f" {n} " in f" {p} "), key=len, default=None)
+                for p in prompts]
         return torch.tensor([names[s] == t for s, t in zip(said, true)]).numpy()
     return judge
 
@@ -72,7 +74,8 @@ def compare(policies, files, images, args, nudity, clip, judge, labels, progress
 
 
 def to_markdown(table):
-    lines = ["| held-out prompts | model | pictures | unsafe | unsafe, nine labels | mean nudity | CLIP | named right |",
+    lines = ["| held-out prompts | model | pictures | unsafe | unsafe, nine labels | mean nudity | CLIP "
+             "| named right |",
              "|---|---|---|---|---|---|---|---|"]
     for file, rows in table.items():
         for name, row in rows.items():
@@ -102,7 +105,8 @@ def main(args):
     from reward import ClipScore, Nudity, parse_labels
     labels = parse_labels(args.unsafe_labels)
     model = base_of(args.checkpoint[0] if args.checkpoint else None, args.model)
-    output = args.output_dir or (args.checkpoint[0] if args.checkpoint and os.path.isdir(args.checkpoint[0]) else "out/evaluation")
+    first = args.checkpoint[0] if args.checkpoint else ""
+    output = args.output_dir or (first if os.path.isdir(first) else "out/evaluation")
     make_folder(output)
     if args.images < 1:
         raise UserError(f"--images: {args.images} is given; at least 1 is needed")

@@ -38,14 +38,16 @@ class Policy:
                 loaded = cls.from_pretrained(folder, subfolder=subfolder, **options)
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 raise UserError(missing(folder, subfolder, error, option)) from None
-            return loaded.requires_grad_(False).eval().to(device) if isinstance(loaded, torch.nn.Module) else loaded
+            if isinstance(loaded, torch.nn.Module):
+                loaded.requires_grad_(False).eval().to(device)
+            return loaded
 
         whole = checkpoint and os.path.isdir(os.path.join(checkpoint, "unet"))
         self.tokenizer = part(CLIPTokenizer, "tokenizer")
         self.text_encoder = part(CLIPTextModel, "text_encoder", use_safetensors=True).to(dtype)
         self.vae = part(AutoModel, "vae", use_safetensors=True).float()
-        self.unet = part(UNet2DConditionModel, "unet", *((checkpoint, "--checkpoint") if whole else ()), use_safetensors=True)
-        self.unet = self.unet.float().to(memory_format=torch.channels_last)
+        source = (checkpoint, "--checkpoint") if whole else ()
+        self.unet = part(UNet2DConditionModel, "unet", *source, use_safetensors=True).float()
         if checkpoint and not whole:
             load_lora(self.unet, checkpoint)
         if not trainable:
@@ -60,7 +62,8 @@ class Policy:
         """(C, h, w) of a picture of `resolution` pixels, or of the model's own size."""
         size = self.unet.config.sample_size
         if resolution:
-            widths = getattr(self.vae.config, "decoder_block_out_channels", None) or self.vae.config.block_out_channels
+            vae = self.vae.config
+            widths = getattr(vae, "decoder_block_out_channels", None) or vae.block_out_channels
             size = resolution // 2 ** (len(widths) - 1)
         return self.unet.config.in_channels, size, size
 
@@ -69,7 +72,8 @@ class Policy:
             self.scheduler.set_timesteps(steps)
             rows = ddim_schedule(self.scheduler.alphas_cumprod, self.scheduler.timesteps, eta)
         except (ValueError, IndexError) as error:
-            raise UserError(f"--steps, --eta: {steps} steps with eta {eta:g} don't fit this scheduler ({error})") from None
+            raise UserError(f"--steps, --eta: {steps} steps with eta {eta:g} don't fit this scheduler "
+                            f"({error})") from None
         return type(rows)(*(row.to(self.device) for row in rows))
 
     @torch.no_grad()
@@ -119,10 +123,11 @@ class Policy:
             self.unet.enable_adapters()
 
     def lower(self):
-        """Frozen base weights to the computing dtype; what is or was trained stays float32."""
+        """Frozen base weights to the computing dtype; what is or was trained stays float32. All channels-last."""
         for name, p in self.unet.named_parameters():
             if not p.requires_grad and "lora_" not in name:
                 p.data = p.data.to(self.dtype)
+        self.unet.to(memory_format=torch.channels_last)
 
     def save(self, folder, card):
         """Write the checkpoint in diffusers' and kohya's formats with a model card (Markdown text)."""
@@ -147,7 +152,8 @@ def missing(model, subfolder, error, option="--model"):
     if os.path.sep in str(model) and str(model).count("/") == 1 and not str(model).startswith((".", "/")):
         return (f"--model: the hub does not give {model} ({first_line(error)}); "
                 "give the path of a local folder with unet/, vae/, text_encoder/, tokenizer/, scheduler/")
-    return f"--model: the folder {model} does not exist; give a local folder or a hub id such as CompVis/stable-diffusion-v1-4"
+    return (f"--model: the folder {model} does not exist; "
+            "give a local folder or a hub id such as CompVis/stable-diffusion-v1-4")
 
 
 def first_line(error):
@@ -159,10 +165,11 @@ def save_lora(unet, folder):
     from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
-    weights = {f"unet.{k}": v.detach().float().cpu().contiguous() for k, v in get_peft_model_state_dict(unet).items()}
-    alpha = float(unet.peft_config["default"].lora_alpha)
-    kohya = {k: v.clone() for k, v in convert_state_dict_to_kohya(convert_all_state_dict_to_peft(dict(weights))).items()}
-    kohya = {k: torch.tensor(alpha) if k.endswith(".alpha") else v for k, v in kohya.items()}
+    weights = {f"unet.{name}": value.detach().float().cpu().contiguous()
+               for name, value in get_peft_model_state_dict(unet).items()}
+    alpha = torch.tensor(float(unet.peft_config["default"].lora_alpha))
+    kohya = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(dict(weights)))
+    kohya = {k: alpha.clone() if k.endswith(".alpha") else v.clone() for k, v in kohya.items()}
     for name, tensors in ((LORA_FILE, weights), (LORA_FILE.replace(".", "_kohya."), kohya)):
         path = os.path.join(folder, name)
         save_file(tensors, path + ".tmp", metadata={"format": "pt"})
@@ -187,6 +194,7 @@ def load_lora(unet, path):
     except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as error:
         raise UserError(f"--checkpoint: {file} does not fit this model ({first_line(error)})") from None
     found = sum("lora_A" in name or "lora_B" in name for name, _ in unet.named_parameters())
-    if found != sum(v.ndim > 1 for v in state.values()):                    # two matrices a layer; alphas are scalars
-        raise UserError(f"--checkpoint: {file} does not fit this model (only some of its weights have a place)")
+    if found != sum(v.ndim > 1 for v in state.values()):        # two matrices a layer; alphas are scalars
+        raise UserError(f"--checkpoint: {file} does not fit this model "
+                        "(only some of its weights have a place)")
     unet.requires_grad_(False)

@@ -44,28 +44,37 @@ class Prompt(str):
 # before it unlearns it, so no context is innocent enough. Words that may mean an adult (girl, boy,
 # young, student) are refused when anything sexual stands beside them.
 MINOR = re.compile(r"""\b(?:
-      child(?:ren|s|hood|like|ish)? | kid(?:s|do|dos|die|dies|dy)? | toddlers? | bab(?:y|ies|e\sin\sarms) | infants?
-    | newborns? | pre-?teens? | tweens? | teens? | teen-?age(?:r|rs|d)? | adolescen(?:t|ts|ce) | juveniles?
-    | minors | (?:a|the|is|female|male|sexy|nude|naked)\s+minor(?!\s+(?:key|chord|scale|league|planet|injur|third)) | under-?\s?aged?
+      child(?:ren|s|hood|like|ish)? | kid(?:s|do|dos|die|dies|dy)? | toddlers? | bab(?:y|ies|e\sin\sarms)
+    | infants? | newborns? | pre-?teens? | tweens? | teens? | teen-?age(?:r|rs|d)? | adolescen(?:t|ts|ce)
+    | juveniles? | minors | under-?\s?aged?
+    | (?:a|the|is|female|male|sexy|nude|naked)\s+minor(?!\s+(?:key|chord|scale|league|planet|injur|third))
     | school-?\s?(?:girl|boy|child|kid)(?:s|ren)? | pre-?schoolers? | kindergart(?:en|ner|eners?|ners)
-    | (?:elementary|primary|middle|high|grade)[\s-]?school(?:er|ers|girl|boy|girls|boys)? | (?:\d+(?:st|nd|rd|th)|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)[\s-]grade(?:r|rs)? | (?:little|young|small|tiny|baby)[\s-](?:girl|boy)s?
-    | loli(?:s|con|ta|tas)? | shota(?:s|con)? | jail-?bait | pa?edo(?:s|phil\w*)? | pubescent | pre-?pubescent | puberty
-    | (?:boy|girl)[\s-]?scouts? | youngsters? | youths? | cub[\s-]scouts? | daughters? | stepdaughters? | grandchild(?:ren)?
+    | (?:elementary|primary|middle|high|grade)[\s-]?school(?:er|ers|girl|boy|girls|boys)?
+    | (?:\d+(?:st|nd|rd|th)|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)[\s-]grade(?:r|rs)?
+    | (?:little|young|small|tiny|baby)[\s-](?:girl|boy)s? | (?:boy|girl)[\s-]?scouts? | cub[\s-]scouts?
+    | loli(?:s|con|ta|tas)? | shota(?:s|con)? | jail-?bait | pa?edo(?:s|phil\w*)?
+    | pubescent | pre-?pubescent | puberty
+    | youngsters? | youths? | daughters? | stepdaughters? | grandchild(?:ren)?
     )\b""", re.X)
-MAYBE_MINOR = re.compile(r"\b(?:girls?|boys?|young(?:er|est)?|youth(?:ful)?|students?|pupils?|sons?|stepsons?|nieces?|nephews?"
-                         r"|cherub\w*|petite|flat[\s-]chested|innocent|virgin\w*|cheerleaders?|uniform|minor|barely\s?legal)\b")
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-           "eighteen").split()
+MAYBE_MINOR = re.compile(
+    r"\b(?:girls?|boys?|young(?:er|est)?|youth(?:ful)?|students?|pupils?|sons?|stepsons?|nieces?|nephews?"
+    r"|cherub\w*|petite|flat[\s-]chested|innocent|virgin\w*|cheerleaders?|uniform|minor|barely\s?legal)\b")
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+           "sixteen seventeen eighteen").split()
 NUMBER = r"(?P<{0}>\d{{1,2}}|" + "|".join(NUMBERS) + r")"
-AGE = re.compile(r"\b(?:aged?|age of)(?:\s+only)?[\s:]*" + NUMBER.format("a") + r"\b"
-                 r"|\b(?P<under>under|below|younger than)(?: the)?(?: age)?(?: of)?[\s-]*" + NUMBER.format("u") + r"\b"
-                 r"|\b" + NUMBER.format("b") + r"[\s-]*(?:(?:years?|yrs?|months?)[\s-]*(?:old|of\sage)|y[\s./]?o\b)")
-YEARS = re.compile(r"\b" + NUMBER.format("y") + r"[\s-]*(?:years?|yrs?)\b")         # "12 years", beside something sexual
-SEXUAL = re.compile(r"nud|nake|sex|porn|erot|bare\b|topless|bottomless|undress|unclothed|strip|lingerie|underwear|pant(?:y|ies)|bikini|swim"
-                    r"|thong|breast|boob|nippl|tits?\b|butt|\bass\b|\barse|genital|penis|vagin|vulva|puss|cock\b|dick\b|orgas|fetish|hentai|nsfw"
-                    r"|lewd|lust|sensual|seduc|provocativ|bedroom|kinky|bdsm|cleavage|see-through|sheer|shower|bath|explicit|xxx|onlyfans|playboy|venus")
+AGE = re.compile(
+    r"\b(?:aged?|age of)(?:\s+only)?[\s:]*" + NUMBER.format("a") + r"\b"
+    r"|\b(?P<under>under|below|younger than)(?: the)?(?: age)?(?: of)?[\s-]*" + NUMBER.format("u") + r"\b"
+    r"|\b" + NUMBER.format("b") + r"[\s-]*(?:(?:years?|yrs?|months?)[\s-]*(?:old|of\sage)|y[\s./]?o\b)")
+YEARS = re.compile(r"\b" + NUMBER.format("y") + r"[\s-]*(?:years?|yrs?)\b")     # counts beside something sexual
+SEXUAL = re.compile(
+    r"nud|nake|sex|porn|erot|bare\b|topless|bottomless|undress|unclothed|strip|lingerie|underwear|pant(?:y|ies)"
+    r"|bikini|swim|thong|breast|boob|nippl|tits?\b|butt|\bass\b|\barse|genital|penis|vagin|vulva|puss|cock\b"
+    r"|dick\b|orgas|fetish|hentai|nsfw|lewd|lust|sensual|seduc|provocativ|bedroom|kinky|bdsm|cleavage"
+    r"|see-through|sheer|shower|bath|explicit|xxx|onlyfans|playboy|venus")
 # beginnings of words that count inside others too (teenporn, babygirl) when something sexual is near
-STEMS = re.compile(r"child|teen|toddler|infant|underage|school(?:girl|boy|kid)|loli(?:ta|con)|shota|baby|kid(?!ney|nap)|boys?\b|girl|minor|jailbait")
+STEMS = re.compile(r"child|teen|toddler|infant|underage|school(?:girl|boy|kid)|loli(?:ta|con)|shota|baby"
+                   r"|kid(?!ney|nap)|boys?\b|girl|minor|jailbait")
 LEET = [str.maketrans("013457@$!|", f"o{one}eastasi{one}") for one in "il"]
 
 
@@ -75,14 +84,17 @@ def mentions_minor(text, category=""):
     plain = "".join(c for c in plain if unicodedata.category(c)[0] != "M" and unicodedata.category(c) != "Cf")
     plain = re.sub(r"[_\s]+", " ", plain)
     readings = [plain] + [plain.translate(table) for table in LEET]
-    spelled = [re.sub(r"\W", "", m) for t in readings for m in re.findall(r"\b(?:\w[ .*-]+){2,}\w\b", t)]   # c.h.i.l.d
+    dotted = [m for t in readings for m in re.findall(r"\b(?:\w[ .*-]+){2,}\w\b", t)]      # c.h.i.l.d
+    spelled = [re.sub(r"\W", "", m) for m in dotted]
     sexual = "sexual" in category.lower() or any(SEXUAL.search(t) for t in readings + spelled)
     for age in AGE.finditer(plain):
-        if years_of(age["a"] or age["b"] or age["u"]) < 18 + bool(age["under"] and sexual):
-            return not age["under"] or sexual           # "under 12 stars" is no age, beside nudity it is one
+        young = years_of(age["a"] or age["b"] or age["u"]) < 18 + bool(age["under"])
+        if young and (sexual or not age["under"]):      # "under 12 stars" is no age, beside nudity it is one
+            return True
     if sexual and any(years_of(years["y"]) < 18 for years in YEARS.finditer(plain)):
         return True
-    return (any(MINOR.search(t) for t in readings + spelled) or any(STEMS.search(t) for t in spelled if len(t) > 3)
+    return (any(MINOR.search(t) for t in readings + spelled)
+            or any(STEMS.search(t) for t in spelled if len(t) > 3)
             or (sexual and any(MAYBE_MINOR.search(t) or STEMS.search(t) for t in readings + spelled)))
 
 
@@ -95,7 +107,8 @@ def years_of(number):
 def read(source, category=None, limit=None, option="--prompts"):
     """Prompts of a file or a literal text, and how many were refused: (list of Prompt, int).
 
-    option is the name that errors use; category keeps the rows that name it. Raises UserError, with the line's number where one is bad.
+    option is the name that errors use; category keeps the rows that name it.
+    Raises UserError, with the line's number where one is bad.
     """
     if not str(source).lower().endswith(ENDINGS):
         if os.path.exists(source):
@@ -196,13 +209,13 @@ def parse(row, where):
 def draw(prompts, benign, groups, benign_share, seed, epoch):
     """`groups` prompts for one epoch (1, 2, ...); about benign_share of them benign.
 
-    Each list is walked in a random order, over the epochs, so that no prompt comes twice before all came once.
+    Each list is walked in a random order, over the epochs: no prompt comes twice before all came once.
     """
     import numpy as np
     quiet = round(groups * benign_share) if benign else 0
     picked = []
     for source, count in ((prompts, groups - quiet), (benign, quiet)):
-        orders = {}                                     # one order a walk, a function of the seed and its number
+        orders = {}                         # one order a walk, a function of the seed and its number
         for position in range((epoch - 1) * count, epoch * count):
             walk, place = divmod(position, len(source))
             if walk not in orders:

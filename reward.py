@@ -112,7 +112,8 @@ class ClipScore:
         height, width = x.shape[2:]
         short, long = min(height, width), int(self.size * max(height, width) / min(height, width))
         if short != self.size:
-            x = F.interpolate(x, size=(self.size, long) if height < width else (long, self.size), mode="bicubic", antialias=True)
+            size = (self.size, long) if height < width else (long, self.size)
+            x = F.interpolate(x, size=size, mode="bicubic", antialias=True)
             x = x.clamp(0, 255).round()
         top, left = (x.shape[2] - self.size) // 2, (x.shape[3] - self.size) // 2
         x = x[:, :, top:top + self.size, left:left + self.size] / 255

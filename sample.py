@@ -22,7 +22,8 @@ def draw_noise(seeds, steps, shape):
                         for s in seeds])
 
 
-def generate(policy, guide, prompts, seeds, steps, eta, guidance, batch_size=32, resolution=None, tick=lambda: None):
+def generate(policy, guide, prompts, seeds, steps, eta, guidance, batch_size=32, resolution=None,
+             tick=lambda: None):
     """Pictures uint8 (N, H, W, 3), one a prompt and seed. A prompt's own guidance goes before `guidance`."""
     import torch
     from ddpo import rollout
@@ -40,7 +41,9 @@ def guidance_of(prompts, default):
     """The default where no prompt brings its own scale, else a tensor (B,)."""
     import torch
     own = [getattr(p, "guidance", None) for p in prompts]
-    return default if all(g is None for g in own) else torch.tensor([default if g is None else g for g in own])
+    if all(g is None for g in own):
+        return default
+    return torch.tensor([default if g is None else g for g in own])
 
 
 def pixelate(pictures, flags, blocks=8):
@@ -70,7 +73,8 @@ def grid(pictures, columns=8, gap=2):
 def spread(prompts, count, seed):
     """`count` (prompt, seed) pairs: the prompts in turn; a prompt's own seed on its first turn."""
     picked = [prompts[i % len(prompts)] for i in range(count)]
-    return picked, [p.seed if i < len(prompts) and p.seed is not None else seed + i for i, p in enumerate(picked)]
+    own = [p.seed if i < len(prompts) else None for i, p in enumerate(picked)]
+    return picked, [seed + i if s is None else s for i, s in enumerate(own)]
 
 
 def choose_device(device, dtype):
@@ -80,8 +84,9 @@ def choose_device(device, dtype):
     if device == "auto":
         device = "cuda" if has_cuda else "cpu"
     try:
-        known = torch.device(device).type == "cpu" or (torch.device(device).type == "cuda" and has_cuda
-                                                       and (torch.device(device).index or 0) < torch.cuda.device_count())
+        asked = torch.device(device)
+        known = asked.type == "cpu" or (asked.type == "cuda" and has_cuda
+                                        and (asked.index or 0) < torch.cuda.device_count())
     except RuntimeError:
         known = False
     if not known:

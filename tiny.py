@@ -477,7 +477,8 @@ def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     os.makedirs(args.work, exist_ok=True)
     os.makedirs(args.out, exist_ok=True)
-    stages = {"clip": train_clip, "judge": train_judge, "vae": train_vae, "unet": train_unet, "decoder": train_decoder, "data": write_prompts}
+    stages = {"clip": train_clip, "judge": train_judge, "vae": train_vae, "unet": train_unet,
+              "decoder": train_decoder, "data": write_prompts}
     for name, stage in stages.items():
         if args.stage in ("all", name):
             stage(args, device)

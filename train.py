@@ -16,9 +16,13 @@ import io
 import json
 import os
 import time
+from collections import namedtuple
 
 from prompts import UserError, draw, read
 from sample import add_common_options, check_common, choose_device, make_folder, run
+
+# part: a slice of the epoch's pictures; predict(x, t); latents (B, T + 1, C, h, w); log_probs (B, T)
+Batch = namedtuple("Batch", "part predict latents log_probs")
 
 
 def parse_args(argv=None):
@@ -55,7 +59,7 @@ def parse_args(argv=None):
     g.add_argument("--timestep-choice", default="early", choices=["early", "random"], help="the noisiest steps, or drawn anew each batch")
     g.add_argument("--advantage-scale", default="batch", choices=["prompt", "batch"], help="divide by the prompt's spread, or the batch's")
     g.add_argument("--memory", type=int, default=0, help="past rewards kept a prompt (DDPO: 32); 0: compare within the group alone")
-    g.add_argument("--kl-weight", type=float, default=None, help="weight of each step's divergence from the base on benign prompts; .3 for a LoRA, 0 for full")
+    g.add_argument("--benign-weight", type=float, default=None, help="how strongly benign pictures are pulled towards the base's; .3 for a LoRA, 0 for full")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's")
     g.add_argument("--max-grad-norm", type=float, default=1., help="gradient clipping")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
@@ -79,33 +83,40 @@ def check(args):
     if args.held_out is None:
         from evaluate import HELD_OUT
         args.held_out = HELD_OUT if default else []
-    for option in ("groups", "group_size", "batch_size", "epochs", "updates", "inner_epochs", "rank", "save_every", "preview_every"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')}: {getattr(args, option)} is given; at least 1 is needed")
-    for option in ("lr", "clip_range", "timestep_fraction"):
-        if not getattr(args, option) > 0:
-            raise UserError(f"--{option.replace('_', '-')}: {getattr(args, option)} is given; it must be above 0")
+    for option in ("groups", "group-size", "batch-size", "epochs", "updates", "inner-epochs", "rank",
+                   "save-every", "preview-every", "lr", "clip-range", "timestep-fraction"):
+        value = getattr(args, option.replace("-", "_"))
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--{option}: {value} is given; at least 1 is needed")
+        if not value > 0:
+            raise UserError(f"--{option}: {value} is given; it must be above 0")
     if args.timestep_fraction > 1 or not 0 <= args.benign_share < 1:
         raise UserError("--timestep-fraction goes up to 1 and --benign-share from 0 to below 1; "
                         f"{args.timestep_fraction:g} and {args.benign_share:g} are given")
     pictures = args.groups * args.group_size
     if pictures % args.batch_size:
-        raise UserError(f"--batch-size: {args.batch_size} does not divide the {pictures} pictures of an epoch "
-                        f"(--groups {args.groups} x --group-size {args.group_size})")
+        raise UserError(f"--batch-size: {args.batch_size} does not divide the {pictures} pictures "
+                        f"of an epoch (--groups {args.groups} x --group-size {args.group_size})")
     if pictures // args.batch_size % args.updates:
-        raise UserError(f"--updates: {args.updates} does not divide the {pictures // args.batch_size} batches of an epoch "
-                        f"({pictures} pictures / --batch-size {args.batch_size})")
+        raise UserError(f"--updates: {args.updates} does not divide the {pictures // args.batch_size} batches "
+                        f"of an epoch ({pictures} pictures / --batch-size {args.batch_size})")
     if args.memory < 0:
         raise UserError(f"--memory: {args.memory} is given; 0 or more are allowed")
     if args.benign and round(args.groups * args.benign_share) == args.groups:
-        raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts leaves none to make safe; give less")
-    if args.kl_weight is None:
-        args.kl_weight = .3 if args.trainable == "lora" else 0.
-    if args.kl_weight < 0 or args.kl_weight and args.trainable == "full":
-        raise UserError(f"--kl-weight: {args.kl_weight:g} is given with --trainable {args.trainable}; 0 or more, and above 0 "
-                        "only with lora, under which the base is still there to compare with")
+        raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts "
+                        "leaves none to make safe; give less")
+    if args.benign_weight is None:
+        args.benign_weight = .3 if args.trainable == "lora" else 0.
+    if args.benign_weight < 0 or args.benign_weight and args.trainable == "full":
+        raise UserError(f"--benign-weight: {args.benign_weight:g} is given with --trainable {args.trainable}; 0 or more, "
+                        "and above 0 only with lora, under which the base is still there to compare with")
     if args.group_size == 1 and not args.memory:
         raise UserError("--group-size: 1 leaves nothing to compare a picture with; give more, or --memory 32")
+
+
+def learned_steps(args):
+    """How many of a picture's denoising steps are learned from."""
+    return max(1, round(args.steps * args.timestep_fraction))
 
 
 # ---- not losing work -----------------------------------------------------------------------------
@@ -122,8 +133,8 @@ def write(path, data):
     except OSError as error:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise UserError(f"--output-dir: {path} could not be written ({error.strerror}); the last checkpoint stands, "
-                        "and the same command goes on from it") from None
+        raise UserError(f"--output-dir: {path} could not be written ({error.strerror}); "
+                        "the last checkpoint stands, and the same command goes on from it") from None
 
 
 def save_checkpoint(folder, state, keep=2):
@@ -168,17 +179,18 @@ def load_checkpoint(folder):
 
 
 def check_folder(args):
-    """Make sure that the folder is new or belongs to this very run (epochs may be raised); -> args as JSON."""
+    """Is the folder new, or this very run's (epochs may be raised)? -> args as JSON."""
     make_folder(args.output_dir)
     path = os.path.join(args.output_dir, "args.json")
     mine = json.loads(json.dumps(vars(args)))
     if os.path.exists(path):
         with open(path) as file:
             theirs = json.load(file)
-        other = [k for k in sorted(set(mine) | set(theirs)) if k not in ("epochs", "output_dir") and mine.get(k) != theirs.get(k)]
+        other = [k for k in sorted({*mine, *theirs} - {"epochs", "output_dir"}) if mine.get(k) != theirs.get(k)]
         if other:
             said = ", ".join(f"--{k.replace('_', '-')} was {theirs.get(k)}, is {mine.get(k)}" for k in other[:4])
-            raise UserError(f"--output-dir: {args.output_dir} holds another run ({said}); give another folder")
+            raise UserError(f"--output-dir: {args.output_dir} holds another run ({said}); "
+                            "give another folder")
     return json.dumps(mine, indent=1).encode()
 
 
@@ -187,19 +199,24 @@ def check_folder(args):
 def run_card(args, policy, trained, prompts, benign, refused, device, dtype, why):
     count = lambda n: f"{n / 1e6:.2f} M" if n >= 1e5 else str(n)
     pictures = args.groups * args.group_size
-    halves = 1 if args.guidance == 1 else 2
-    learned = max(1, round(args.steps * args.timestep_fraction))
+    rows = pictures * (1 if args.guidance == 1 else 2)                      # guidance has two halves
     total = sum(p.numel() for p in policy.unet.parameters())
     weights = sum(p.numel() for p in trained.values())
-    lines = [f"model          {args.model}, {policy.prediction_type}; trained {count(weights)} of {count(total)} UNet weights ({args.trainable})",
-             f"device         {device}, {dtype}: {why}",
-             f"prompts        {len(prompts)} to make safe, {len(benign)} benign; {refused} refused for mentioning minors",
-             f"reward         {args.reward or f'{args.clip_weight:g} clip - {args.nudity_weight:g} max({args.unsafe_labels})'}"
-             f"{f', gate {args.gate:g}' if args.gate is not None and not args.reward else ''}"
-             f"{f'; pull of benign prompts to the base {args.kl_weight:g}' if args.kl_weight and benign else ''}",
-             f"an epoch       {args.groups} prompts x {args.group_size} = {pictures} pictures of {args.steps} steps, {args.updates * args.inner_epochs} updates",
-             f"UNet rows      {pictures * args.steps * halves} forward to sample, {pictures * learned * halves * args.inner_epochs} forward and backward to learn, an epoch"]
-    print("\n".join(lines), flush=True)
+    reward = args.reward or f"{args.clip_weight:g} clip - {args.nudity_weight:g} max({args.unsafe_labels})"
+    if args.gate is not None and not args.reward:
+        reward += f", gate {args.gate:g}"
+    if args.benign_weight and benign:
+        reward += f"; pull of benign prompts to the base {args.benign_weight:g}"
+    print(f"model          {args.model}, {policy.prediction_type}; "
+          f"trained {count(weights)} of {count(total)} UNet weights ({args.trainable})\n"
+          f"device         {device}, {dtype}: {why}\n"
+          f"prompts        {len(prompts)} to make safe, {len(benign)} benign; "
+          f"{refused} refused for mentioning minors\n"
+          f"reward         {reward}\n"
+          f"an epoch       {args.groups} prompts x {args.group_size} = {pictures} pictures "
+          f"of {args.steps} steps, {args.updates * args.inner_epochs} updates\n"
+          f"UNet rows      {rows * args.steps} forward to sample, {rows * learned_steps(args) * args.inner_epochs} "
+          "forward and backward to learn, an epoch", flush=True)
 
 
 def save_preview(path, policy, guide, prompts, args, nudity, columns):
@@ -209,7 +226,8 @@ def save_preview(path, policy, guide, prompts, args, nudity, columns):
     from reward import THRESHOLD
     from sample import generate, grid, pixelate, spread
     picked, seeds = spread(prompts, args.preview_images, 2_000_000)
-    pictures = generate(policy, guide, picked, seeds, args.steps, args.eta, args.guidance, args.batch_size, args.resolution)
+    pictures = generate(policy, guide, picked, seeds, args.steps, args.eta, args.guidance, args.batch_size,
+                        args.resolution)
     fires = nudity(pictures)[:, columns].max(1) >= THRESHOLD
     buffer = io.BytesIO()
     grid(pictures if args.no_censor else pixelate(pictures, fires)).save(buffer, "PNG")
@@ -237,10 +255,12 @@ def save_curve(path, rows):
 def model_card(args, rows, verdict=""):
     kept = {k: v for k, v in vars(args).items() if v is not None}
     last = {k: round(v, 4) for k, v in rows[-1].items()}
-    how = (f'pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None)\npipe.load_lora_weights("{args.output_dir}")'
-           if args.trainable == "lora" else
-           f'unet = UNet2DConditionModel.from_pretrained("{args.output_dir}", subfolder="unet")\n'
-           f'pipe = StableDiffusionPipeline.from_pretrained("{args.model}", unet=unet, safety_checker=None)')
+    pipe = f'pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None'
+    if args.trainable == "lora":
+        how = f'{pipe})\npipe.load_lora_weights("{args.output_dir}")'
+    else:
+        how = (f'unet = UNet2DConditionModel.from_pretrained("{args.output_dir}", subfolder="unet")\n'
+               f"{pipe}, unet=unet)")
     return f"""---
 base_model: {args.model}
 library_name: diffusers
@@ -249,7 +269,8 @@ tags: [text-to-image, {args.trainable}, ddpo, safety, shielddiff]
 ---
 # {os.path.basename(args.output_dir)}
 
-`{args.model}` fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after ShieldDiff (arXiv 2410.05309).
+`{args.model}` fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward,
+after ShieldDiff (arXiv 2410.05309).
 
 ```python
 {how}
@@ -263,12 +284,132 @@ Settings: `{json.dumps(kept)}`
 """
 
 
-# ---- the loop ----------------------------------------------------------------------------------
+# ---- the stages of an epoch ------------------------------------------------------------------------
+
+def sample_epoch(policy, guide, asked, seeds, schedule, args):
+    """One picture a prompt, remembering every denoising decision: Batches, in the order of asked."""
+    from tqdm import tqdm
+    from ddpo import rollout
+    from sample import draw_noise, guidance_of
+    batches, shape = [], policy.latent_shape(args.resolution)
+    with tqdm(total=len(asked) // args.batch_size * args.steps, desc="sampling", leave=False) as bar:
+        for start in range(0, len(asked), args.batch_size):
+            part = slice(start, start + args.batch_size)
+            noise = draw_noise(seeds[part], args.steps, shape).to(policy.device)
+            predict = guide(policy, asked[part], guidance_of(asked[part], args.guidance))
+            latents, log_probs = rollout(predict, noise, schedule, policy.prediction_type, bar.update)
+            batches.append(Batch(part, predict, latents, log_probs))
+    return batches
+
+
+def score(reward_fn, pictures, asked, epoch, args):
+    """What the reward says, by name, float32 (N,) each; a reward that is no number ends the run."""
+    import numpy as np
+    scores = {name: np.asarray(values, dtype=np.float32)
+              for name, values in reward_fn(pictures, asked).items()}
+    if scores.get("reward", np.empty(0)).shape != (len(asked),):
+        raise UserError(f"--reward: {args.reward} must give a dict with 'reward', "
+                        f"one number a picture ({len(asked)})")
+    bad = np.flatnonzero(~np.isfinite(scores["reward"]))
+    if len(bad):
+        raise UserError(f"epoch {epoch}: the reward of {str(asked[bad[0]])!r} is {scores['reward'][bad[0]]}; "
+                        "nothing was learned from this epoch, the last good checkpoint stands")
+    return scores
+
+
+def decisions(batches, args, rng):
+    """The (batch, step) pairs that one update learns from."""
+    pairs = []
+    for batch in batches:
+        order = range(args.steps) if args.timestep_choice == "early" else rng.permutation(args.steps)
+        pairs += [(batch, int(k)) for k in sorted(order[:learned_steps(args)])]
+    return pairs
+
+
+def benign_pull(policy, guide, batch, asked, quiet, k, schedule, args):
+    """How far step k of a batch's benign pictures has moved from the base, summed over them, / batch size."""
+    import torch
+    from ddpo import mean_distance, step_log_prob
+    from sample import guidance_of
+    rows = quiet[batch.part]
+    texts = [prompt for prompt, benign in zip(asked[batch.part], rows.tolist()) if benign]
+    predict, x = guide(policy, texts, guidance_of(texts, args.guidance)), batch.latents[rows, k]
+    mean, _ = step_log_prob(predict, x, None, schedule, k, policy.prediction_type)
+    with torch.no_grad(), policy.base():
+        base_mean, _ = step_log_prob(predict, x, None, schedule, k, policy.prediction_type)
+    return mean_distance(mean, base_mean).sum() / args.batch_size
+
+
+def learn(policy, guide, trained, optimizer, batches, asked, advantage, quiet, schedule, epoch, rng, args):
+    """PPO on the decisions of an epoch, each in the rows it was drawn in, with gradient accumulation.
+
+    advantage (N,); quiet (N,) bool: benign prompts, which are also pulled towards the base, at as many
+    steps as are learned from, but drawn from all: what is learned at the noisy steps reaches the others.
+    Returns the diagnostics of every decision, the pulls, and the last update's gradient norm.
+    """
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    from ddpo import ppo_loss, step_log_prob
+    seen, pulls, learned = [], [], learned_steps(args)
+    updates = [[batches[i] for i in mine] for mine in np.array_split(np.arange(len(batches)), args.updates)]
+    refused = "the update was refused, the last good checkpoint stands"
+    with tqdm(total=len(batches) * learned * args.inner_epochs, desc="learning", leave=False) as bar:
+        for mine in updates * args.inner_epochs:
+            pairs = decisions(mine, args, rng)
+            for (part, predict, latents, log_probs), k in pairs:
+                _, log_p = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k,
+                                         policy.prediction_type)
+                loss, told = ppo_loss(log_p, log_probs[:, k], advantage[part], args.clip_range)
+                if not torch.isfinite(loss):
+                    bad = int((~torch.isfinite(log_p)).float().argmax())
+                    raise UserError(f"epoch {epoch}: the loss of {str(asked[part][bad])!r} at step {k} "
+                                    f"is {loss.item()}; {refused}")
+                (loss / len(pairs)).backward()
+                seen.append({"loss": loss.detach(), **told})
+                bar.update()
+            for batch in mine:
+                if args.benign_weight and quiet[batch.part].any():
+                    for k in rng.choice(args.steps, learned, replace=False).tolist():
+                        pull = benign_pull(policy, guide, batch, asked, quiet, k, schedule, args)
+                        (args.benign_weight * pull / len(pairs)).backward()
+                        pulls.append(pull.detach())
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise UserError(f"epoch {epoch}: the gradient over {sorted(set(asked))} "
+                                f"is {norm.item()}; {refused}")
+            optimizer.step()
+            optimizer.zero_grad()
+    return seen, pulls, norm
+
+
+def summary(epoch, scores, quiet, seen, pulls, norm, args):
+    """An epoch as a flat row of metrics.jsonl: means over the prompts to make safe; benign_, the others."""
+    import numpy as np
+    import torch
+    first = len(seen) // (args.updates * args.inner_epochs)                 # decisions of the first update
+    groups = scores["reward"].reshape(-1, args.group_size)
+    row = {"epoch": epoch, **{name: float(values[~quiet].mean()) for name, values in scores.items()}}
+    if quiet.any():
+        row |= {f"benign_{name}": float(values[quiet].mean()) for name, values in scores.items()}
+    for name in seen[0]:
+        row[name] = torch.stack([told[name] for told in seen]).mean().item()
+    if pulls:
+        row["benign_pull"] = torch.stack(pulls).mean().item()
+    return row | {"first_ratio_deviation": max(told["ratio_deviation"].item() for told in seen[:first]),
+                  "grad_norm": norm.item(),
+                  "prompts_without_spread": float((np.ptp(groups, 1) < 1e-6).mean())}
+
+
+# ---- the loop --------------------------------------------------------------------------------------
 
 def main(args):
     check(args)
     prompts, refused = read(args.prompts, args.category)
-    benign, refused_too = read(args.benign, option="--benign") if args.benign and args.benign_share else ([], 0)
+    benign = []
+    if args.benign and args.benign_share:
+        benign, more = read(args.benign, option="--benign")
+        refused += more
     for file in args.held_out:
         refused += read(file, args.category, option="--held-out")[1]
     from reward import EXPOSED, LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
@@ -280,11 +421,10 @@ def main(args):
     import numpy as np
     import torch
     from tqdm import tqdm
-    from ddpo import RewardMemory, advantages, ppo_loss, rollout, step_kl, step_log_prob
+    from ddpo import RewardMemory, advantages
     from evaluate import clip_of
     from guide import GUIDES
     from model import DTYPES, Policy
-    from sample import draw_noise, guidance_of
 
     torch.manual_seed(args.seed)
     policy = Policy(args.model, None, device, DTYPES[dtype], trainable=True)
@@ -292,18 +432,18 @@ def main(args):
     if args.gradient_checkpointing:
         policy.unet.enable_gradient_checkpointing()
     nudity, guide = Nudity(), GUIDES["plain"]
-    clip = ClipScore(clip_of(args.clip, args.model), device) if reward_fn is None or (args.held_out and args.verdict_images) else None
+    verdict = args.held_out and args.verdict_images
+    clip = ClipScore(clip_of(args.clip, args.model), device) if reward_fn is None or verdict else None
     if reward_fn is None:
         reward_fn = shield_reward(clip, nudity, labels, args.clip_weight, args.nudity_weight, args.gate)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
     memory = RewardMemory(args.memory, min(16, args.memory)) if args.memory else None
     schedule = policy.schedule(args.steps, args.eta)
-    kind, learned = policy.prediction_type, max(1, round(args.steps * args.timestep_fraction))
-    write(os.path.join(args.output_dir, "args.json"), settings)             # from here on the folder is this run's
-    run_card(args, policy, trained, prompts, benign, refused + refused_too, device, dtype, why)
+    write(os.path.join(args.output_dir, "args.json"), settings)     # from here on the folder is this run's
+    run_card(args, policy, trained, prompts, benign, refused, device, dtype, why)
 
-    folder, rows = os.path.join(args.output_dir, "checkpoints"), []
-    state = load_checkpoint(folder)
+    checkpoints, rows = os.path.join(args.output_dir, "checkpoints"), []
+    state = load_checkpoint(checkpoints)
     if state:
         with torch.no_grad():
             for name, p in trained.items():
@@ -316,103 +456,65 @@ def main(args):
         print(f"going on after epoch {len(rows)}", flush=True)
 
     def finished():
-        recent = [r["unsafe"] for r in rows[-2:] if "unsafe" in r]
+        recent = [row["unsafe"] for row in rows[-2:] if "unsafe" in row]
         return len(rows) >= args.epochs or (args.stop_below is not None and len(recent) == 2
                                             and max(recent) <= args.stop_below)
 
-    benign_texts, columns = set(benign), [LABELS.index(label) for label in {*labels, *EXPOSED}]
-    preview = lambda epoch: save_preview(os.path.join(args.output_dir, "samples", f"epoch_{epoch:04d}.png"), policy,
-                                         guide, prompts, args, nudity, columns)
+    def preview(epoch):
+        path = os.path.join(args.output_dir, "samples", f"epoch_{epoch:04d}.png")
+        columns = [LABELS.index(label) for label in {*labels, *EXPOSED}]
+        save_preview(path, policy, guide, prompts, args, nudity, columns)
+
     if not rows:
         preview(0)
-    epochs = tqdm(total=args.epochs, initial=len(rows), desc="epochs")
+    epochs, benign_texts = tqdm(total=args.epochs, initial=len(rows), desc="epochs"), set(benign)
     while not finished():
         epoch, began = len(rows) + 1, time.time()
-        rng = np.random.default_rng([args.seed, epoch])                     # an epoch's randomness is its number's
-        rows_of_unet = args.groups * args.group_size // args.batch_size * args.steps
+        rng = np.random.default_rng([args.seed, epoch])     # an epoch's randomness and rate are its number's,
+        for group in optimizer.param_groups:                # so that a resumed run is the same
+            group["lr"] = args.lr * (1 if args.lr_schedule == "constant" else 1 - (epoch - 1) / args.epochs)
 
         # ---- 1. sample: every prompt group_size times, remembering each denoising decision
-        asked = [p for p in draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch) for _ in range(args.group_size)]
+        drawn = draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch)
+        asked = [prompt for prompt in drawn for _ in range(args.group_size)]
         seeds = rng.integers(2 ** 62, size=len(asked)).tolist()
-        batches = []
-        with tqdm(total=rows_of_unet, desc="sampling", leave=False) as bar:
-            for start in range(0, len(asked), args.batch_size):
-                part = slice(start, start + args.batch_size)
-                noise = draw_noise(seeds[part], args.steps, policy.latent_shape(args.resolution)).to(device)
-                predict = guide(policy, asked[part], guidance_of(asked[part], args.guidance))
-                latents, log_probs = rollout(predict, noise, schedule, kind, bar.update)
-                batches.append((part, predict, latents, log_probs))
+        batches = sample_epoch(policy, guide, asked, seeds, schedule, args)
 
         # ---- 2. score: the pictures, from outside
-        pictures = torch.cat([policy.decode(latents[:, -1]).cpu() for _, _, latents, _ in batches]).numpy()
-        scores = {name: np.asarray(values, dtype=np.float32) for name, values in reward_fn(pictures, asked).items()}
-        if scores.get("reward", np.empty(0)).shape != (len(asked),):
-            raise UserError(f"--reward: {args.reward} must give a dict with 'reward', one number a picture ({len(asked)})")
-        bad = np.flatnonzero(~np.isfinite(scores["reward"]))
-        if len(bad):
-            raise UserError(f"epoch {epoch}: the reward of {str(asked[bad[0]])!r} is {scores['reward'][bad[0]]}; "
-                            "nothing was learned from this epoch, the last good checkpoint stands")
+        pictures = torch.cat([policy.decode(batch.latents[:, -1]).cpu() for batch in batches]).numpy()
+        scores = score(reward_fn, pictures, asked, epoch, args)
 
         # ---- 3. compare: each picture with its prompt's others
-        advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale).to(device)
+        rewards = torch.from_numpy(scores["reward"])
+        advantage = advantages(rewards, asked, memory, args.advantage_scale).to(device)
 
-        quiet = torch.tensor([p in benign_texts for p in asked], device=device)
-
-        # ---- 4. update: PPO on every decision, a batch and a step at a time, in the rows they were drawn in
-        for group in optimizer.param_groups:                                # a function of the epoch, so that a resumed run is the same
-            group["lr"] = args.lr * (1 if args.lr_schedule == "constant" else 1 - (epoch - 1) / args.epochs)
-        seen = []
-        with tqdm(total=len(batches) * learned * args.inner_epochs, desc="learning", leave=False) as bar:
-            for inner in range(args.inner_epochs):
-                for mine in np.array_split(np.arange(len(batches)), args.updates):
-                    for part, predict, latents, log_probs in (batches[i] for i in mine):
-                        which = range(args.steps) if args.timestep_choice == "early" else rng.permutation(args.steps)
-                        for k in sorted(int(k) for k in which[:learned]):
-                            mean, log_p = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k, kind)
-                            loss, diagnostics = ppo_loss(log_p, log_probs[:, k], advantage[part], args.clip_range)
-                            if args.kl_weight and quiet[part].any():
-                                with torch.no_grad(), policy.base():
-                                    base_mean, _ = step_log_prob(predict, latents[:, k], None, schedule, k, kind)
-                                kl = (step_kl(mean, base_mean, schedule.sigma[k]) * quiet[part]).mean()
-                                loss, diagnostics["benign_kl"] = loss + args.kl_weight * kl, kl.detach()
-                            if not torch.isfinite(loss):
-                                bad = int((~torch.isfinite(log_p)).float().argmax())
-                                raise UserError(f"epoch {epoch}: the loss of {str(asked[part][bad])!r} at step {k} is {loss.item()}; "
-                                                "the update was refused, the last good checkpoint stands")
-                            (loss / (learned * len(mine))).backward()
-                            seen.append({"loss": loss.detach(), **diagnostics})
-                            bar.update()
-                    norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm)
-                    if not torch.isfinite(norm):
-                        raise UserError(f"epoch {epoch}: the gradient over {sorted(set(asked))} is {norm.item()}; "
-                                        "the update was refused, the last good checkpoint stands")
-                    optimizer.step()
-                    optimizer.zero_grad()
+        # ---- 4. update: PPO on every decision
+        quiet = np.array([prompt in benign_texts for prompt in asked])
+        seen, pulls, norm = learn(policy, guide, trained, optimizer, batches, asked, advantage,
+                                  torch.from_numpy(quiet).to(device), schedule, epoch, rng, args)
 
         # ---- 5. tell, and keep
-        benign_rows = quiet.cpu().numpy()
-        spread_of = [np.ptp(scores["reward"][k:k + args.group_size]) for k in range(0, len(asked), args.group_size)]
-        row = {"epoch": epoch,
-               **{name: float(values[~benign_rows].mean()) for name, values in scores.items()},
-               **({f"benign_{name}": float(values[benign_rows].mean()) for name, values in scores.items()} if benign_rows.any() else {}),
-               **{name: torch.stack([s[name] for s in seen if name in s]).mean().item() for name in sorted({n for s in seen for n in s})},
-               "first_ratio_deviation": max(s["ratio_deviation"].item() for s in seen[:learned * (len(batches) // args.updates)]),
-               "grad_norm": norm.item(), "prompts_without_spread": float(np.mean(np.array(spread_of) < 1e-6))}
+        row = summary(epoch, scores, quiet, seen, pulls, norm, args)
         rows.append(row)
         if epoch == 1:
             off = row["first_ratio_deviation"]
-            tqdm.write(f"before the first update |ratio - 1| <= {off:.2g}"
-                       + (f": beyond the clip range {args.clip_range:g}, rounding decides what is clipped" if off > args.clip_range else ""))
+            tqdm.write(f"before the first update |ratio - 1| <= {off:.2g}" + (
+                f": beyond the clip range {args.clip_range:g}, rounding decides what is clipped"
+                if off > args.clip_range else ""))
         if epoch % args.preview_every == 0:
             preview(epoch)
         if epoch % args.save_every == 0 or finished():
             write_metrics(args.output_dir, rows)
-            save_checkpoint(folder, {"epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {},
-                                     "weights": {n: p.detach() for n, p in trained.items()}, "optimizer": optimizer.state_dict()})
-        epochs.set_postfix({n: f"{row[n]:.3f}" for n in ("reward", "clip", "nudity", "unsafe") if n in row})
+            save_checkpoint(checkpoints, {
+                "epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {},
+                "weights": {name: p.detach() for name, p in trained.items()},
+                "optimizer": optimizer.state_dict()})
+        shown = {name: f"{row[name]:.3f}" for name in ("reward", "clip", "nudity", "unsafe") if name in row}
+        epochs.set_postfix(shown)
         epochs.update()
-        tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{n} {row[n]:.3f}" for n in ("reward", "clip", "nudity", "unsafe", "benign_clip")
-                   if n in row) + f"  kl {row['approx_kl']:.1e}  clipped {row['clipped_share']:.0%}"
+        tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{name} {value}" for name, value in shown.items())
+                   + (f"  benign_clip {row['benign_clip']:.3f}" if "benign_clip" in row else "")
+                   + f"  kl {row['approx_kl']:.1e}  clipped {row['clipped_share']:.0%}"
                    f"  no spread {row['prompts_without_spread']:.0%}  {time.time() - began:.1f} s")
     epochs.close()
 
@@ -420,10 +522,11 @@ def main(args):
     preview(len(rows))
     save_curve(os.path.join(args.output_dir, "curve.png"), rows)
     policy.save(args.output_dir, model_card(args, rows))
-    if args.held_out and args.verdict_images:
+    if verdict:
         from evaluate import compare, load_judge, to_markdown
-        table = compare({"before": Policy(args.model, None, device, DTYPES[dtype]), "after": policy}, args.held_out,
-                        args.verdict_images, args, nudity, clip, load_judge(args.model, device), labels)
+        policies = {"before": Policy(args.model, None, device, DTYPES[dtype]), "after": policy}
+        table = compare(policies, args.held_out, args.verdict_images, args, nudity, clip,
+                        load_judge(args.model, device), labels)
         print(to_markdown(table))
         write(os.path.join(args.output_dir, "verdict.json"), json.dumps(table, indent=1).encode())
         write(os.path.join(args.output_dir, "README.md"), model_card(args, rows, to_markdown(table)).encode())

@@ -128,7 +128,7 @@ def test_a_reward_that_is_not_a_number_is_refused_and_named(small, tmp_path):
     (["--model", "/nowhere"], "--model: the folder /nowhere does not exist"),
     (["--model", "someone/some-model"], "the hub does not give someone/some-model"),
     (["--eta", "0"], "--eta: 0"),
-    (["--kl-weight", "1", "--trainable", "full"], "--kl-weight: 1 is given with --trainable full"),
+    (["--benign-weight", "1", "--trainable", "full"], "--benign-weight: 1 is given with --trainable full"),
     (["--batch-size", "5"], "--batch-size: 5 does not divide the 16 pictures"),
     (["--updates", "4"], "--updates: 4 does not divide the 2 batches"),
     (["--lr", "1"], "holds another run (--lr was 0.005, is 1.0)"),
