@@ -154,11 +154,12 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(
 
 
 def test_the_default_reward_and_a_memory_resume_bit_equal(small, pipeline, tmp_path):
-    """With CLIP, NudeNet and remembered rewards, on prompts of unequal length."""
+    """With CLIP, NudeNet, remembered rewards and the benign pull, on prompts of unequal length."""
     prompts = tmp_path / "p.txt"
     prompts.write_text("\n".join(["a dog", "a large peach on a blue background", "a pear", "a small green apple on a red background"]))
     at = small.index("--reward")
-    options = small[:at] + small[at + 2:] + ["--prompts", str(prompts), "--memory", "8", "--preview-images", "0"]
+    options = small[:at] + small[at + 2:] + ["--prompts", str(prompts), "--memory", "8", "--preview-images", "0",
+                                              "--benign", "a plain cup", "--benign-share", ".5"]
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     (tmp_path / "cut").mkdir()
     assert train(*options, "--epochs", "3", "--output-dir", whole)[0] == 0
@@ -167,7 +168,33 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, pipeline, tmp_p
     assert code == 0 and "going on after epoch 1" in out, err
     for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors"):
         assert open(f"{whole}/{name}", "rb").read() == open(f"{cut}/{name}", "rb").read()
-    assert {"clip", "nudity", "unsafe", "buttocks_exposed"} <= set(json.loads(open(f"{whole}/metrics.jsonl").readline()))
+    assert {"clip", "nudity", "unsafe", "buttocks_exposed", "benign_clip", "benign_pull"} <= set(json.loads(open(f"{whole}/metrics.jsonl").readline()))
+
+
+def test_the_benign_pull_is_the_benign_rows_distance_from_the_base(pipeline):
+    """Against the base loaded anew, predicting the whole batch; nothing at all before the LoRA has learned."""
+    import torch
+    from ddpo import step_log_prob
+    from guide import plain
+    from model import Policy
+    from train import benign_pull, parse_args, sample_epoch
+    args = parse_args(["--steps", "3", "--batch-size", "4"])
+    policy, base = Policy(pipeline, trainable=True), Policy(pipeline)
+    trained = policy.train("lora", 4, "attention")
+    asked, quiet = ["a dog", "a cup", "a cat", "a pear"], torch.tensor([False, True, False, True])
+    schedule = policy.schedule(3, 1.)
+    batch, = sample_epoch(policy, plain, asked, range(4), schedule, args)
+    assert benign_pull(policy, plain, batch, asked, quiet, 1, schedule, args) == 0
+    with torch.no_grad():
+        for p in trained.values():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * .1)
+        means = [step_log_prob(plain(one, asked, args.guidance), batch.latents[:, 1], None, schedule, 1)[0]
+                 for one in (policy, base)]
+    apart = sum(float(((means[0][i] - means[1][i]) ** 2).mean()) for i in (1, 3)) / 4
+    pull = benign_pull(policy, plain, batch, asked, quiet, 1, schedule, args)
+    assert apart > 0 and pull.item() == pytest.approx(apart, rel=1e-4)
+    pull.backward()
+    assert all(p.grad is not None for p in trained.values())
 
 
 def test_help_answers_within_a_second():
