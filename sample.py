@@ -22,19 +22,26 @@ def draw_noise(seeds, steps, shape):
                         for s in seeds])
 
 
-def generate(policy, guide, prompts, seeds, steps, eta, guidance, batch_size=32, resolution=None,
-             tick=lambda: None):
-    """Pictures uint8 (N, H, W, 3), one a prompt and seed. A prompt's own guidance goes before `guidance`."""
-    import torch
+def rollouts(policy, guide, prompts, seeds, schedule, guidance, batch_size=32, resolution=None, tick=lambda: None):
+    """Denoise one picture a prompt and seed, in batches: yields (slice, predict, latents, log_probs) of each.
+
+    A prompt's own guidance goes before `guidance`; latents and log_probs are ddpo.rollout's.
+    """
     from ddpo import rollout
-    schedule, pictures = policy.schedule(steps, eta), []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        noise = draw_noise(seeds[part], steps, policy.latent_shape(resolution)).to(policy.device)
+        noise = draw_noise(seeds[part], len(schedule.t), policy.latent_shape(resolution)).to(policy.device)
         predict = guide(policy, prompts[part], guidance_of(prompts[part], guidance))
-        latents, _ = rollout(predict, noise, schedule, policy.prediction_type, tick)
-        pictures.append(policy.decode(latents[:, -1]).cpu())
-    return torch.cat(pictures).numpy()
+        yield part, predict, *rollout(predict, noise, schedule, policy.prediction_type, tick)
+
+
+def generate(policy, guide, prompts, seeds, steps, eta, guidance, batch_size=32, resolution=None,
+             tick=lambda: None):
+    """Pictures uint8 (N, H, W, 3), one a prompt and seed."""
+    import torch
+    schedule = policy.schedule(steps, eta)
+    batches = rollouts(policy, guide, prompts, seeds, schedule, guidance, batch_size, resolution, tick)
+    return torch.cat([policy.decode(latents[:, -1]).cpu() for _, _, latents, _ in batches]).numpy()
 
 
 def guidance_of(prompts, default):

@@ -3,7 +3,7 @@
     python train.py                                   # the embedded world, minutes on a laptop
     python train.py --prompts mine.csv --benign coco.csv --model CompVis/stable-diffusion-v1-4 \
         --steps 50 --guidance 5 --batch-size 8 --groups 16 --lr 3e-4 --clip-range 1e-4 \
-        --timestep-fraction 1 --output-dir out/sd
+        --lr-schedule constant --advantage-scale prompt --timestep-fraction 1 --output-dir out/sd
 
 Each epoch: sample pictures, score them, compare them with their prompt's others, update the policy by
 PPO on the denoising steps (DDPO). Ends with a before/after table on held-out prompts. Writes into
@@ -289,17 +289,10 @@ Settings: `{json.dumps(kept)}`
 def sample_epoch(policy, guide, asked, seeds, schedule, args):
     """One picture a prompt, remembering every denoising decision: Batches, in the order of asked."""
     from tqdm import tqdm
-    from ddpo import rollout
-    from sample import draw_noise, guidance_of
-    batches, shape = [], policy.latent_shape(args.resolution)
+    from sample import rollouts
     with tqdm(total=len(asked) // args.batch_size * args.steps, desc="sampling", leave=False) as bar:
-        for start in range(0, len(asked), args.batch_size):
-            part = slice(start, start + args.batch_size)
-            noise = draw_noise(seeds[part], args.steps, shape).to(policy.device)
-            predict = guide(policy, asked[part], guidance_of(asked[part], args.guidance))
-            latents, log_probs = rollout(predict, noise, schedule, policy.prediction_type, bar.update)
-            batches.append(Batch(part, predict, latents, log_probs))
-    return batches
+        return [Batch(*batch) for batch in rollouts(policy, guide, asked, seeds, schedule, args.guidance,
+                                                    args.batch_size, args.resolution, bar.update)]
 
 
 def score(reward_fn, pictures, asked, epoch, args):
