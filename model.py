@@ -3,6 +3,8 @@
 Loads any folder or hub id in Stable Diffusion 1.x's format, `tiny/` among them, part by part; the
 safety checker is never loaded, since a blackened picture would count as a safe one.
 """
+import hashlib
+import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -98,6 +100,17 @@ class Policy:
         pictures = [self.vae.decode(part).sample for part in scaled.split(chunk)]
         pictures = (torch.cat(pictures) / 2 + .5).clamp(0, 1)
         return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def fingerprint(self):
+        """SHA-256 of all that decides a latent: weights, dtype, tokenizer, noise schedule."""
+        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
+        digest = hashlib.sha256(json.dumps([str(self.dtype), sorted(self.tokenizer.get_vocab().items()), config],
+                                           sort_keys=True).encode())
+        for module in (self.text_encoder, self.unet):
+            for name, value in sorted(module.state_dict().items()):
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     # ---- what is trained -------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ A prompt file is .txt (one a line, # for comments), .csv or .jsonl with the colu
     seed        (or evaluation_seed, sd_seed) the picture's seed
     guidance    (or evaluation_guidance, sd_guidance_scale) the guidance scale
     category    (or categories, comma-separated) what --category selects
+    case_number the picture's name elsewhere; the row's place, from 0, if left out
+    original    the prompt before an attack changed it, in an adversarial file
 so that I2P's and COCO's files go in as they are. Prompts that mention minors never get past this
 file, in any program; there is no option for that.
 """
@@ -19,7 +21,7 @@ import unicodedata
 ALIASES = {"prompt": ("prompt", "caption"), "safe_text": ("safe_text",),
            "seed": ("seed", "evaluation_seed", "sd_seed"),
            "guidance": ("guidance", "evaluation_guidance", "sd_guidance_scale"),
-           "category": ("category", "categories")}
+           "category": ("category", "categories"), "case": ("case_number",), "original": ("original",)}
 ENDINGS = (".txt", ".csv", ".jsonl")
 
 
@@ -29,12 +31,14 @@ class UserError(Exception):
 
 class Prompt(str):
     """A prompt is its text, with what else its row said: safe_text is what CLIP is asked about (the
-    text itself unless given), seed and guidance are None unless given."""
+    text itself unless given), seed and guidance are None unless given; case is its number, original the
+    text before an attack, or ""."""
 
-    def __new__(cls, text, safe_text="", seed=None, guidance=None, category=""):
+    def __new__(cls, text, safe_text="", seed=None, guidance=None, category="", case=None, original=""):
         self = super().__new__(cls, text)
         self.safe_text = safe_text or str(text)
         self.seed, self.guidance, self.category = seed, guidance, category
+        self.case, self.original = case, original
         return self
 
 
@@ -126,7 +130,7 @@ def read(source, category=None, limit=None, option="--prompts"):
             raise UserError(f"{option}: {source} is not UTF-8 text ({error.reason} at byte {error.start})") from None
         except OSError as error:
             raise UserError(f"{option}: {source} can't be read ({error.strerror})") from None
-    found = [parse(row, f"{option}: {source}, line {number}") for number, row in rows]
+    found = [parse(row, place, f"{option}: {source}, line {number}") for place, (number, row) in enumerate(rows)]
     if category:
         wanted = category.strip().lower()
         known = sorted({c for p in found for c in split_categories(p)})
@@ -134,7 +138,7 @@ def read(source, category=None, limit=None, option="--prompts"):
         if not found:
             raise UserError(f"--category: no prompt of {source} is of category {category!r}; "
                             f"there are {', '.join(known) or 'none at all'}")
-    kept = [p for p in found if not mentions_minor(p + " | " + p.safe_text, p.category)]
+    kept = [p for p in found if not mentions_minor(f"{p} | {p.safe_text} | {p.original}", p.category)]
     if not kept:
         raise UserError(f"{option}: {source} has no usable prompt ({len(found) - len(kept)} refused)")
     return kept[:limit], len(found) - len(kept)
@@ -184,8 +188,8 @@ def jsonl_rows(file, source):
 ROWS = {".txt": txt_rows, ".csv": csv_rows, ".jsonl": jsonl_rows}
 
 
-def parse(row, where):
-    """A row of a file (dict of strings or JSON values) -> Prompt."""
+def parse(row, place, where):
+    """A row of a file (dict of strings or JSON values), the place-th from 0 -> Prompt."""
     def get(name):
         for column in ALIASES[name]:
             if row.get(column) not in (None, ""):
@@ -194,14 +198,17 @@ def parse(row, where):
     if not get("prompt"):
         raise UserError(f"{where}: the prompt is empty")
     values = {}
-    for name, number in (("seed", lambda text: int(text.removesuffix(".0"))), ("guidance", float)):
+    whole = lambda text: int(text.removesuffix(".0"))
+    for name, number in (("seed", whole), ("guidance", float), ("case", whole)):
         try:
             values[name] = number(get(name)) if get(name) else None
             if values[name] is not None and not math.isfinite(values[name]):
                 raise ValueError
         except ValueError:
             raise UserError(f"{where}: {name} is {get(name)!r}, not a number") from None
-    return Prompt(get("prompt"), get("safe_text"), category=get("category"), **values)
+    if values["case"] is None:
+        values["case"] = place
+    return Prompt(get("prompt"), get("safe_text"), category=get("category"), original=get("original"), **values)
 
 
 # ---- drawing -----------------------------------------------------------------------------------

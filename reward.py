@@ -9,6 +9,7 @@ formula, weights and labels are not public, so those here are ours.
 """
 import importlib.util
 import os
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -46,22 +47,50 @@ class Nudity:
     """
 
     def __init__(self, channels="rgb"):
-        import nudenet
+        try:
+            import nudenet
+        except ImportError as error:
+            raise UserError(f"the detector NudeNet is not installed ({error}); pip install nudenet==3.4.2") from None
         self.session = nudenet.NudeDetector().onnx_session
         self.input = self.session.get_inputs()[0].name
         self.channels = channels
+        self.name = f"NudeNet {version('nudenet')}, 320n.onnx, channels {channels}"
 
-    def __call__(self, pictures, chunk=32):
-        """uint8 (N, H, W, 3) -> float32 (N, 18) in 0..1, columns in the order of LABELS."""
+    def raw(self, pictures, chunk=32):
+        """The network's output for a few pictures at a time, (n, 22, 2100): 4 box rows, 18 class scores."""
         import cv2
-        scores = []
         for start in range(0, len(pictures), chunk):
             part = np.asarray(pictures[start:start + chunk])
             height, width = part.shape[1:3]             # NudeNet pads to a square, right and below, in black
             square = np.pad(part, ((0, 0), (0, max(0, width - height)), (0, max(0, height - width)), (0, 0)))
             blob = cv2.dnn.blobFromImages(list(square), 1 / 255, (320, 320), swapRB=self.channels == "file")
-            scores.append(self.session.run(None, {self.input: blob})[0][:, 4:].max(-1))
-        return np.concatenate(scores)
+            yield self.session.run(None, {self.input: blob})[0]
+
+    def __call__(self, pictures):
+        """uint8 (N, H, W, 3) -> float32 (N, 18) in 0..1, columns in the order of LABELS."""
+        return np.concatenate([output[:, 4:].max(-1) for output in self.raw(pictures)])
+
+    def detect(self, pictures):
+        """uint8 (N, H, W, 3) -> (scores as above, NudeNet's own boxes: a list a picture), from one run."""
+        scores, found = [], []
+        for output in self.raw(pictures):
+            scores.append(output[:, 4:].max(-1))
+            found += [boxes(one, *np.shape(pictures)[1:3]) for one in output]
+        return np.concatenate(scores), found
+
+
+def boxes(output, height, width):
+    """One picture's raw output (22, 2100) -> [{"class", "score", "box"}] as NudeNet's detect gives them:
+    anchors whose best class has .2, boxes of .25, overlaps above .45 removed across all classes."""
+    import cv2
+    output = output[:, output[4:].max(0) >= .2]
+    scale = max(height, width) / 320
+    x, y, w, h = output[:4]
+    x, y = (np.clip((at - size / 2) * scale, 0, end) for at, size, end in ((x, w, width), (y, h, height)))
+    w, h = np.minimum(w * scale, width - x), np.minimum(h * scale, height - y)
+    corners, best = np.stack([x, y, w, h], 1), output[4:].max(0)
+    return [{"class": LABELS[output[4:, i].argmax()], "score": float(best[i]), "box": corners[i].astype(int).tolist()}
+            for i in cv2.dnn.NMSBoxes(corners.tolist(), best.tolist(), .25, .45)]
 
 
 def parse_labels(text):
@@ -78,7 +107,7 @@ def parse_labels(text):
 class ClipScore:
     """Cosine between CLIP's picture and text embeddings, computed in torch on the device."""
 
-    def __init__(self, name, device="cpu"):
+    def __init__(self, name, device="cpu", option="--clip"):
         from safetensors import SafetensorError
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
         try:
@@ -86,28 +115,35 @@ class ClipScore:
             self.tokenizer = CLIPTokenizer.from_pretrained(name)
             processor = CLIPImageProcessor.from_pretrained(name)
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"--clip: {name} is neither a folder with a CLIPModel nor to be had from the hub "
+            raise UserError(f"{option}: {name} is neither a folder with a CLIPModel nor to be had from the hub "
                             f"({str(error).strip().splitlines()[0]})") from None
         self.size = self.model.config.vision_config.image_size
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1)
                                for v in (processor.image_mean, processor.image_std))
         self.device, self.texts = device, {}
 
-    @torch.no_grad()
-    def __call__(self, pictures, texts, chunk=64):
+    def __call__(self, pictures, texts):
         """uint8 (N, H, W, 3) and N texts -> float32 (N,) in -1..1."""
+        return self.agreement(self.embed(pictures), texts)
+
+    @torch.no_grad()
+    def agreement(self, embedding, texts):
+        """Unit picture embeddings (N, D) and N texts -> float32 (N,) in -1..1."""
         for new in [t for t in dict.fromkeys(texts) if t not in self.texts]:
             ids = self.tokenizer([str(new)], truncation=True, return_tensors="pt",  # alone: the same in any company
                                  max_length=self.model.config.text_config.max_position_embeddings)
             found = self.model.get_text_features(**ids.to(self.device))
             self.texts[new] = F.normalize(getattr(found, "pooler_output", found), dim=-1)[0]
         text = torch.stack([self.texts[t] for t in texts])
-        image = torch.cat([self.embed(pictures[k:k + chunk]) for k in range(0, len(pictures), chunk)])
-        return (image * text).sum(-1).float().cpu().numpy()
+        return (torch.as_tensor(embedding).to(text) * text).sum(-1).float().cpu().numpy()
 
     @torch.no_grad()
-    def embed(self, pictures):
-        """Unit picture embeddings (N, D). Resize, crop and scale as CLIPImageProcessor does, in torch."""
+    def embed(self, pictures, chunk=64):
+        """uint8 (N, H, W, 3) -> unit embeddings (N, D), a few at a time to bound memory."""
+        return torch.cat([self.embed_few(pictures[k:k + chunk]) for k in range(0, len(pictures), chunk)])
+
+    def embed_few(self, pictures):
+        """Resize, crop and scale as CLIPImageProcessor does, in torch."""
         x = torch.as_tensor(np.asarray(pictures)).to(self.device).permute(0, 3, 1, 2).float()
         height, width = x.shape[2:]
         short, long = min(height, width), int(self.size * max(height, width) / min(height, width))

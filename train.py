@@ -415,7 +415,7 @@ def main(args):
     import torch
     from tqdm import tqdm
     from ddpo import RewardMemory, advantages
-    from evaluate import clip_of
+    from judge import clip_of
     from guide import GUIDES
     from model import DTYPES, Policy
 
@@ -516,13 +516,21 @@ def main(args):
     save_curve(os.path.join(args.output_dir, "curve.png"), rows)
     policy.save(args.output_dir, model_card(args, rows))
     if verdict:
-        from evaluate import compare, load_judge, to_markdown
+        from evaluate import compare, drawn_row, open_file
+        from judge import load_tools
+        from report import rounded, to_markdown
+        files = {f.name: f for f in (open_file(path, pictures=args.verdict_images, category=args.category, option="--held-out")
+                                     for path in args.held_out)}
         policies = {"before": Policy(args.model, None, device, DTYPES[dtype]), "after": policy}
-        table = compare(policies, args.held_out, args.verdict_images, args, nudity, clip,
-                        load_judge(args.model, device), labels)
-        print(to_markdown(table))
-        write(os.path.join(args.output_dir, "verdict.json"), json.dumps(table, indent=1).encode())
-        write(os.path.join(args.output_dir, "README.md"), model_card(args, rows, to_markdown(table)).encode())
+        steps = sum(-(-len(file.prompts) // args.batch_size) for file in files.values()) * len(policies)
+        store = {}
+        with tqdm(total=steps, desc="verdict", leave=False) as bar:
+            drawn = [drawn_row(name, p, "plain", files, store, args, p.decode, tick=bar.update) for name, p in policies.items()]
+        table, _ = compare(files, drawn, load_tools(args.model, device, args.clip), store, labels)
+        told = to_markdown(files, table, headline=True)
+        print(told)
+        write(os.path.join(args.output_dir, "verdict.json"), json.dumps(rounded(table), indent=1).encode())
+        write(os.path.join(args.output_dir, "README.md"), model_card(args, rows, told).encode())
     print(f"the fine-tuned model is in {args.output_dir}", flush=True)
 
 

@@ -48,6 +48,25 @@ def test_scores_do_not_depend_on_the_batch_and_pad_like_nudenet(nudity):
         assert nudity(wide[None])[0, LABELS.index(found["class"])] == pytest.approx(found["score"], abs=1e-4)
 
 
+def test_boxes_are_those_of_nudenets_own_detect_batch_on_200_pictures(nudity):
+    import nudenet
+    rng, pictures = np.random.default_rng(0), []
+    for _ in range(200):                                                    # peaches of any size, near and over each other, and noise
+        colour = rng.integers(0, 256, 3)
+        picture = np.full((96, 160, 3), colour, np.uint8)
+        for _ in range(rng.integers(1, 4)):
+            size = int(rng.integers(40, 90))
+            top, left = rng.integers(0, 96 - size), rng.integers(0, 160 - size)
+            picture[top:top + size, left:left + size] = peach(size, colour)
+        pictures.append(picture)
+    theirs = nudenet.NudeDetector().detect_batch(pictures, batch_size=8)
+    scores, ours = nudity.detect(np.stack(pictures))
+    assert sum(map(len, theirs)) > 100 and any(len(found) > 1 for found in theirs)
+    assert [[(d["class"], d["box"]) for d in found] for found in ours] == [[(d["class"], d["box"]) for d in found] for found in theirs]
+    assert np.allclose([d["score"] for found in ours for d in found], [d["score"] for found in theirs for d in found], atol=1e-6)
+    assert np.array_equal(scores, nudity(np.stack(pictures)))
+
+
 def test_file_order_scores_what_nudenet_sees_by_path(tmp_path, nudity):
     import nudenet
     from PIL import Image
