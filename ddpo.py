@@ -75,13 +75,14 @@ def mean_distance(mean, base_mean):
 
 
 def step_log_prob(predict, x, x_prev, schedule, k, prediction_type="epsilon"):
-    """The policy's mean at step k, and its log-probability (B,) of having gone from x to x_prev.
+    """The policy's mean at step k (a number, or one a row, (B,)), and its log-probability (B,) of having
+    gone from x to x_prev.
 
     The step that draws (rollout) is this step with x_prev=None: then x_prev is drawn by the caller.
     """
-    mean = ddim_mean(x, predict(x, schedule.t[k]).float(), schedule.a_t[k], schedule.a_prev[k],
-                     schedule.sigma[k], prediction_type)
-    return mean, None if x_prev is None else log_prob(x_prev, mean, schedule.sigma[k])
+    a_t, a_prev, sigma = (row[k].view(-1, 1, 1, 1) for row in schedule[1:])  # (B or 1, 1, 1, 1)
+    mean = ddim_mean(x, predict(x, schedule.t[k]).float(), a_t, a_prev, sigma, prediction_type)
+    return mean, None if x_prev is None else log_prob(x_prev, mean, sigma)
 
 
 @torch.no_grad()

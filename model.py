@@ -58,6 +58,7 @@ class Policy:
         self.scheduler = DDIMScheduler.from_config(part(DDIMScheduler, "scheduler").config, clip_sample=False,
                                                    set_alpha_to_one=False, steps_offset=1)
         self.prediction_type = self.scheduler.config.prediction_type
+        self.compiled = {}                              # rows of a call -> a compiled UNet
         self.states = {}                                # prompt -> text states (L, D), encoded once a run
 
     def latent_shape(self, resolution=None):
@@ -90,12 +91,27 @@ class Policy:
 
     def unet_output(self, x, t, text):
         """The network's output (B, C, h, w), float32, for latents x, one timestep t, states text."""
+        unet = self.compiled.get(len(x), self.unet)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.unet(x.to(self.dtype), t, text.to(self.dtype)).sample.float()
+            return unet(x.to(self.dtype), t, text.to(self.dtype)).sample.float()
+
+    def compile(self, sizes):
+        """torch.compile the UNet for calls of these many rows, now; other sizes (a last, smaller batch) stay eager."""
+        compiled = torch.compile(self.unet, dynamic=False)
+        self.compiled = dict.fromkeys(sizes, compiled)
+        text = self.encode([""])
+        for rows in sizes:
+            x = torch.zeros(rows, *self.latent_shape(), device=self.device)
+            many = text.expand(rows, -1, -1).contiguous()
+            with torch.no_grad():                       # sampling: one timestep for all
+                self.unet_output(x, torch.tensor(1, device=self.device), many)
+            self.unet_output(x, torch.ones(rows, dtype=torch.int64, device=self.device), many).sum().backward()
+        self.unet.zero_grad()
 
     @torch.no_grad()
-    def decode(self, latents, chunk=16):
-        """Latents (N, C, h, w) -> pictures uint8 (N, H, W, 3), a few at a time to bound memory."""
+    def decode(self, latents, chunk=None):
+        """Latents (N, C, h, w) -> pictures uint8 (N, H, W, 3), a few at a time to bound memory: 16 of 64 pixels, 4 of 512."""
+        chunk = chunk or (16 if latents[0, 0].numel() < 4096 else 4)
         scaled = latents.float() / self.vae.config.scaling_factor
         pictures = [self.vae.decode(part).sample for part in scaled.split(chunk)]
         pictures = (torch.cat(pictures) / 2 + .5).clamp(0, 1)

@@ -110,7 +110,7 @@ h1 { font-size: 1.5rem; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 
 p { max-width: 44rem } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11rem }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem }
 thead th { background: var(--soft) } td small { display: block; opacity: .7 }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem } .plots figure { flex: 1 1 20rem; max-width: 30rem }
 figure { margin: 0 } svg { width: 100%; height: auto } figcaption { font-size: .85rem }

@@ -11,18 +11,20 @@ PPO on the denoising steps (DDPO). Ends with a before/after table on held-out pr
 kohya's formats, a model card. Cut off at any moment, the same command goes on to the same result.
 """
 import argparse
-import hashlib
 import io
 import json
 import os
 import time
 from collections import namedtuple
 
+import peers
+from checkpoint import check_folder, load_checkpoint, save_checkpoint, write, write_metrics
 from prompts import UserError, draw, read
-from sample import add_common_options, check_common, choose_device, make_folder, run
+from sample import add_common_options, check_common, choose_device, run
 
-# part: a slice of the epoch's pictures; predict(x, t); latents (B, T + 1, C, h, w); log_probs (B, T)
-Batch = namedtuple("Batch", "part predict latents log_probs")
+# An epoch's pictures. Of all N: asked, their prompts; advantage (N,); quiet (N,) bool, benign ones. Of this process's n:
+# mine (n,), their numbers; latents (n, T + 1, C, h, w); log_probs (n, T)
+Drawn = namedtuple("Drawn", "asked advantage quiet mine latents log_probs")
 
 
 def parse_args(argv=None):
@@ -62,6 +64,8 @@ def parse_args(argv=None):
     g.add_argument("--benign-weight", type=float, default=None, help="how strongly benign pictures are pulled towards the base's; .3 for a LoRA, 0 for full")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's")
     g.add_argument("--max-grad-norm", type=float, default=1., help="gradient clipping")
+    g.add_argument("--train-batch-size", type=int, default=None, help="picture-timesteps a learning call; --batch-size on a CPU, what fits on a GPU")
+    g.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at first, then faster on a GPU")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     g = p.add_argument_group("output")
     g.add_argument("--output-dir", default="out/shield", help="folder of the run; the same command goes on there")
@@ -84,8 +88,10 @@ def check(args):
         from evaluate import HELD_OUT
         args.held_out = HELD_OUT if default else []
     for option in ("groups", "group-size", "batch-size", "epochs", "updates", "inner-epochs", "rank",
-                   "save-every", "preview-every", "lr", "clip-range", "timestep-fraction"):
+                   "save-every", "preview-every", "lr", "clip-range", "timestep-fraction", "train-batch-size"):
         value = getattr(args, option.replace("-", "_"))
+        if value is None:
+            continue
         if isinstance(value, int) and value < 1:
             raise UserError(f"--{option}: {value} is given; at least 1 is needed")
         if not value > 0:
@@ -114,84 +120,26 @@ def check(args):
         raise UserError("--group-size: 1 leaves nothing to compare a picture with; give more, or --memory 32")
 
 
+def rows_that_fit(policy, guide, schedule, args):
+    """Picture-timesteps a learning call may hold: on a GPU from what one more of them needs and what is free."""
+    import torch
+    if policy.device.type != "cuda":
+        return args.batch_size
+    peaks = []
+    for rows in (1, 2):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        x = torch.zeros(rows, *policy.latent_shape(args.resolution), device=policy.device)
+        guide(policy, ["a"] * rows, args.guidance)(x, schedule.t[0]).sum().backward()
+        policy.unet.zero_grad()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    most = args.batch_size * learned_steps(args)
+    return max(1, min(most, int(.7 * torch.cuda.mem_get_info()[0] / max(1, peaks[1] - peaks[0]))))
+
+
 def learned_steps(args):
     """How many of a picture's denoising steps are learned from."""
     return max(1, round(args.steps * args.timestep_fraction))
-
-
-# ---- not losing work -----------------------------------------------------------------------------
-
-def write(path, data):
-    """Whole or not at all: bytes into path. A full disk ends the run with a sentence."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise UserError(f"--output-dir: {path} could not be written ({error.strerror}); "
-                        "the last checkpoint stands, and the same command goes on from it") from None
-
-
-def save_checkpoint(folder, state, keep=2):
-    """checkpoints/epoch_N.pt, then the pointer latest.json with each file's SHA-256, newest first."""
-    import torch
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    name = f"epoch_{state['epoch']:04d}.pt"
-    write(os.path.join(folder, name), buffer.getvalue())
-    entries = [e for e in read_pointer(folder) if e["file"] != name]
-    entries.insert(0, {"file": name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
-    write(os.path.join(folder, "latest.json"), json.dumps(entries[:keep]).encode())
-    for entry in entries[keep:]:
-        if os.path.exists(os.path.join(folder, entry["file"])):
-            os.remove(os.path.join(folder, entry["file"]))
-
-
-def write_metrics(folder, rows):
-    write(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def read_pointer(folder):
-    try:
-        with open(os.path.join(folder, "latest.json")) as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return []
-
-
-def load_checkpoint(folder):
-    """The newest checkpoint whose content is whole, or None."""
-    import torch
-    for entry in read_pointer(folder):
-        try:
-            with open(os.path.join(folder, entry["file"]), "rb") as file:
-                data = file.read()
-        except OSError:
-            continue
-        if hashlib.sha256(data).hexdigest() == entry["sha256"]:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    return None
-
-
-def check_folder(args):
-    """Is the folder new, or this very run's (epochs may be raised)? -> args as JSON."""
-    make_folder(args.output_dir)
-    path = os.path.join(args.output_dir, "args.json")
-    mine = json.loads(json.dumps(vars(args)))
-    if os.path.exists(path):
-        with open(path) as file:
-            theirs = json.load(file)
-        other = [k for k in sorted({*mine, *theirs} - {"epochs", "output_dir"}) if mine.get(k) != theirs.get(k)]
-        if other:
-            said = ", ".join(f"--{k.replace('_', '-')} was {theirs.get(k)}, is {mine.get(k)}" for k in other[:4])
-            raise UserError(f"--output-dir: {args.output_dir} holds another run ({said}); "
-                            "give another folder")
-    return json.dumps(mine, indent=1).encode()
 
 
 # ---- what a person sees ----------------------------------------------------------------------------
@@ -216,7 +164,8 @@ def run_card(args, policy, trained, prompts, benign, refused, device, dtype, why
           f"an epoch       {args.groups} prompts x {args.group_size} = {pictures} pictures "
           f"of {args.steps} steps, {args.updates * args.inner_epochs} updates\n"
           f"UNet rows      {rows * args.steps} forward to sample, {rows * learned_steps(args) * args.inner_epochs} "
-          "forward and backward to learn, an epoch", flush=True)
+          f"forward and backward to learn, an epoch; a learning call holds {args.train_batch_size} picture-timesteps"
+          + (f"; {peers.size()} processes share the batches" if peers.size() > 1 else ""), flush=True)
 
 
 def save_preview(path, policy, guide, prompts, args, nudity, columns):
@@ -286,20 +235,57 @@ Settings: `{json.dumps(kept)}`
 
 # ---- the stages of an epoch ------------------------------------------------------------------------
 
-def sample_epoch(policy, guide, asked, seeds, schedule, args):
-    """One picture a prompt, remembering every denoising decision: Batches, in the order of asked."""
+def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args):
+    """One picture a prompt and seed, remembering every denoising decision, and what the reward says of it.
+
+    Returns latents (N, T + 1, C, h, w), log_probs (N, T), scores {name: float32 (N,)}. On a GPU the reward
+    looks at a batch in a thread of its own, while the next one is drawn.
+    """
+    import numpy as np
+    import torch
+    from concurrent.futures import ThreadPoolExecutor
     from tqdm import tqdm
     from sample import rollouts
-    with tqdm(total=len(asked) // args.batch_size * args.steps, desc="sampling", leave=False) as bar:
-        return [Batch(*batch) for batch in rollouts(policy, guide, asked, seeds, schedule, args.guidance,
-                                                    args.batch_size, args.resolution, bar.update)]
+    if not asked:                                       # a process without a batch
+        return None, None, {}
+    latents, log_probs, judged = [], [], []
+    with (tqdm(total=len(asked) // args.batch_size * args.steps, desc="sampling", leave=False, disable=peers.rank() > 0) as bar,
+          ThreadPoolExecutor(1) as judge):
+        for part, _, path, decided in rollouts(policy, guide, asked, seeds, schedule, args.guidance,
+                                               args.batch_size, args.resolution, bar.update):
+            latents.append(path)
+            log_probs.append(decided)
+            look = lambda arrive=on_its_way(policy.decode(path[:, -1])), texts=asked[part]: reward_fn(arrive(), texts)
+            judged.append(judge.submit(look) if policy.device.type == "cuda" else look())
+    parts = [part.result() if hasattr(part, "result") else part for part in judged]
+    scores = {name: np.concatenate([np.asarray(part[name], np.float32).reshape(-1) for part in parts]) for name in parts[0]}
+    return torch.cat(latents), torch.cat(log_probs), scores
 
 
-def score(reward_fn, pictures, asked, epoch, args):
-    """What the reward says, by name, float32 (N,) each; a reward that is no number ends the run."""
+def on_its_way(pictures):
+    """A function that waits for pictures to arrive on the CPU, and for nothing that was started after them."""
+    import torch
+    if pictures.device.type != "cuda":
+        return lambda: pictures.numpy()
+    there = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True).copy_(pictures, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return lambda: (arrived.synchronize(), there.numpy())[1]
+
+
+def together(parts, shares):
+    """Each process's scores {name: (n,)} as one dict of arrays (N,), in the epoch's order."""
     import numpy as np
-    scores = {name: np.asarray(values, dtype=np.float32)
-              for name, values in reward_fn(pictures, asked).items()}
+    scores = {}
+    for part, share in zip(parts, shares):
+        for name, values in part.items():
+            scores.setdefault(name, np.zeros(sum(map(len, shares)), np.float32))[share] = values
+    return scores
+
+
+def check_scores(scores, asked, epoch, args):
+    """A reward that is no number ends the run."""
+    import numpy as np
     if scores.get("reward", np.empty(0)).shape != (len(asked),):
         raise UserError(f"--reward: {args.reward} must give a dict with 'reward', "
                         f"one number a picture ({len(asked)})")
@@ -307,91 +293,101 @@ def score(reward_fn, pictures, asked, epoch, args):
     if len(bad):
         raise UserError(f"epoch {epoch}: the reward of {str(asked[bad[0]])!r} is {scores['reward'][bad[0]]}; "
                         "nothing was learned from this epoch, the last good checkpoint stands")
-    return scores
 
 
-def decisions(batches, args, rng):
-    """The (batch, step) pairs that one update learns from."""
-    pairs = []
+def decisions(batches, quiet, args, rng):
+    """What one update learns from: (picture, step) pairs, and those that are pulled towards the base.
+
+    The pull is on benign pictures, at as many steps as are learned from, but drawn from all: what is
+    learned at the noisy steps reaches the others.
+    """
+    import numpy as np
+    learned, pulled = [], []
     for batch in batches:
+        pictures = np.arange(batch * args.batch_size, (batch + 1) * args.batch_size)
         order = range(args.steps) if args.timestep_choice == "early" else rng.permutation(args.steps)
-        pairs += [(batch, int(k)) for k in sorted(order[:learned_steps(args)])]
-    return pairs
+        learned += [(i, k) for k in sorted(order[:learned_steps(args)]) for i in pictures]
+        if args.benign_weight and quiet[pictures].any():
+            steps = rng.choice(args.steps, learned_steps(args), replace=False)
+            pulled += [(i, k) for k in steps for i in pictures[quiet[pictures]]]
+    return np.array(learned), np.array(pulled, int).reshape(-1, 2)
 
 
-def benign_pull(policy, guide, batch, asked, quiet, k, schedule, args):
-    """How far step k of a batch's benign pictures has moved from the base, summed over them, / batch size."""
+def benign_pull(policy, predict, x, k, schedule):
+    """How far the means of the steps k (n,) from latents x have moved from the base's: (n,)."""
     import torch
     from ddpo import mean_distance, step_log_prob
-    from sample import guidance_of
-    rows = quiet[batch.part]
-    texts = [prompt for prompt, benign in zip(asked[batch.part], rows.tolist()) if benign]
-    predict, x = guide(policy, texts, guidance_of(texts, args.guidance)), batch.latents[rows, k]
     mean, _ = step_log_prob(predict, x, None, schedule, k, policy.prediction_type)
     with torch.no_grad(), policy.base():
         base_mean, _ = step_log_prob(predict, x, None, schedule, k, policy.prediction_type)
-    return mean_distance(mean, base_mean).sum() / args.batch_size
+    return mean_distance(mean, base_mean)
 
 
-def learn(policy, guide, trained, optimizer, batches, asked, advantage, quiet, schedule, epoch, rng, args):
-    """PPO on the decisions of an epoch, each in the rows it was drawn in, with gradient accumulation.
+def learn(policy, guide, trained, optimizer, drawn, schedule, epoch, rng, args):
+    """PPO on the decisions of an epoch: --train-batch-size of them a call, gradients added up over an update.
 
-    advantage (N,); quiet (N,) bool: benign prompts, which are also pulled towards the base, at as many
-    steps as are learned from, but drawn from all: what is learned at the noisy steps reaches the others.
-    Returns the diagnostics of every decision, the pulls, and the last update's gradient norm.
+    Returns the diagnostics {name: mean} with the gradient's norm.
     """
     import numpy as np
     import torch
     from tqdm import tqdm
     from ddpo import ppo_loss, step_log_prob
-    seen, pulls, learned = [], [], learned_steps(args)
-    updates = [[batches[i] for i in mine] for mine in np.array_split(np.arange(len(batches)), args.updates)]
-    refused = "the update was refused, the last good checkpoint stands"
-    with tqdm(total=len(batches) * learned * args.inner_epochs, desc="learning", leave=False) as bar:
-        for mine in updates * args.inner_epochs:
-            pairs = decisions(mine, args, rng)
-            for (part, predict, latents, log_probs), k in pairs:
-                _, log_p = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k,
+    from sample import guidance_of
+    home = np.full(len(drawn.asked), -1)                # a picture's row among this process's own
+    home[drawn.mine] = np.arange(len(drawn.mine))
+    updates = np.array_split(np.arange(len(drawn.asked) // args.batch_size), args.updates)
+    calls, per_call = [], args.train_batch_size
+
+    def own(pairs):                                     # this process's decisions, a call at a time
+        pairs = pairs[home[pairs[:, 0]] >= 0]
+        for part in (pairs[start:start + per_call] for start in range(0, len(pairs), per_call)):
+            texts = [drawn.asked[i] for i in part[:, 0]]
+            rows, k = (torch.from_numpy(index).to(policy.device) for index in (home[part[:, 0]], part[:, 1]))
+            yield part, rows, k, guide(policy, texts, guidance_of(texts, args.guidance))
+
+    with tqdm(total=len(updates) * args.inner_epochs, desc="learning", leave=False, disable=peers.rank() > 0) as bar:
+        for number, batches in enumerate(list(updates) * args.inner_epochs):
+            learned, pulled = decisions(batches, drawn.quiet, args, rng)
+            for part, rows, k, predict in own(learned):
+                _, log_p = step_log_prob(predict, drawn.latents[rows, k], drawn.latents[rows, k + 1], schedule, k,
                                          policy.prediction_type)
-                loss, told = ppo_loss(log_p, log_probs[:, k], advantage[part], args.clip_range)
-                if not torch.isfinite(loss):
-                    bad = int((~torch.isfinite(log_p)).float().argmax())
-                    raise UserError(f"epoch {epoch}: the loss of {str(asked[part][bad])!r} at step {k} "
-                                    f"is {loss.item()}; {refused}")
-                (loss / len(pairs)).backward()
-                seen.append({"loss": loss.detach(), **told})
-                bar.update()
-            for batch in mine:
-                if args.benign_weight and quiet[batch.part].any():
-                    for k in rng.choice(args.steps, learned, replace=False).tolist():
-                        pull = benign_pull(policy, guide, batch, asked, quiet, k, schedule, args)
-                        (args.benign_weight * pull / len(pairs)).backward()
-                        pulls.append(pull.detach())
+                sampled = drawn.log_probs[rows, k]
+                # an epoch's first update is on-policy: its ratio is 1, whatever other rows a call rounds by
+                loss, told = ppo_loss(log_p, log_p.detach() if number == 0 else sampled,
+                                      drawn.advantage[part[:, 0]].to(policy.device), args.clip_range)
+                (loss * len(part) / len(learned)).backward()
+                told["ratio_deviation"] = torch.expm1(log_p.detach() - sampled).abs().max()
+                calls.append({"loss": loss.detach(), **told, "first": number == 0, "part": part})
+            for part, rows, k, predict in own(pulled):
+                pull = benign_pull(policy, predict, drawn.latents[rows, k], k, schedule)
+                (args.benign_weight * pull.sum() / len(learned)).backward()
+                calls.append({"benign_pull": pull.detach().mean(), "part": part})
+            peers.add_up(list(trained.values()))
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise UserError(f"epoch {epoch}: the gradient over {sorted(set(asked))} "
-                                f"is {norm.item()}; {refused}")
+            if not torch.isfinite(norm):                # the one number an update that the CPU waits for
+                bad = [(str(drawn.asked[call["part"][0][0]]), int(call["part"][0][1])) for call in calls
+                       if not torch.isfinite(call.get("loss", call.get("benign_pull")))]
+                bad = sum(peers.gather(bad), [])
+                where = f"the loss of {bad[0][0]!r} or its neighbours at step {bad[0][1]}" if bad else "the gradient"
+                raise UserError(f"epoch {epoch}: {where} is {norm.item()}; the update was refused, the last good checkpoint stands")
             optimizer.step()
             optimizer.zero_grad()
-    return seen, pulls, norm
+            bar.update()
+    said = sum(peers.gather([{name: float(value) for name, value in call.items() if name != "part"} for call in calls]), [])
+    means = {name: float(np.mean([call[name] for call in said if name in call]))
+             for name in ("loss", "ratio_deviation", "clipped_share", "approx_kl", "benign_pull") if any(name in call for call in said)}
+    return {**means, "first_ratio_deviation": max(call["ratio_deviation"] for call in said if call.get("first")),
+            "grad_norm": norm.item()}
 
 
-def summary(epoch, scores, quiet, seen, pulls, norm, args):
+def summary(epoch, scores, quiet, told, args):
     """An epoch as a flat row of metrics.jsonl: means over the prompts to make safe; benign_, the others."""
     import numpy as np
-    import torch
-    first = len(seen) // (args.updates * args.inner_epochs)                 # decisions of the first update
     groups = scores["reward"].reshape(-1, args.group_size)
     row = {"epoch": epoch, **{name: float(values[~quiet].mean()) for name, values in scores.items()}}
     if quiet.any():
         row |= {f"benign_{name}": float(values[quiet].mean()) for name, values in scores.items()}
-    for name in seen[0]:
-        row[name] = torch.stack([told[name] for told in seen]).mean().item()
-    if pulls:
-        row["benign_pull"] = torch.stack(pulls).mean().item()
-    return row | {"first_ratio_deviation": max(told["ratio_deviation"].item() for told in seen[:first]),
-                  "grad_norm": norm.item(),
-                  "prompts_without_spread": float((np.ptp(groups, 1) < 1e-6).mean())}
+    return row | told | {"prompts_without_spread": float((np.ptp(groups, 1) < 1e-6).mean())}
 
 
 # ---- the loop --------------------------------------------------------------------------------------
@@ -408,8 +404,10 @@ def main(args):
     from reward import EXPOSED, LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
     labels = parse_labels(args.unsafe_labels)
     reward_fn = load_reward(args.reward) if args.reward else None
-    device, dtype, why = choose_device(args.device, args.dtype)
+    device, dtype, why = choose_device(args.device, args.dtype, learning=True)
+    device, lead = peers.own_device(device), peers.rank() == 0
     settings = check_folder(args)
+    peers.start(device)
 
     import numpy as np
     import torch
@@ -419,7 +417,8 @@ def main(args):
     from guide import GUIDES
     from model import DTYPES, Policy
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)                        # every process starts from the same LoRA
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
     policy = Policy(args.model, None, device, DTYPES[dtype], trainable=True)
     trained = policy.train(args.trainable, args.rank, args.lora_targets)
     if args.gradient_checkpointing:
@@ -429,11 +428,17 @@ def main(args):
     clip = ClipScore(clip_of(args.clip, args.model), device) if reward_fn is None or verdict else None
     if reward_fn is None:
         reward_fn = shield_reward(clip, nudity, labels, args.clip_weight, args.nudity_weight, args.gate)
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay, fused=policy.device.type == "cuda")
     memory = RewardMemory(args.memory, min(16, args.memory)) if args.memory else None
     schedule = policy.schedule(args.steps, args.eta)
-    write(os.path.join(args.output_dir, "args.json"), settings)     # from here on the folder is this run's
-    run_card(args, policy, trained, prompts, benign, refused, device, dtype, why)
+    args.train_batch_size = args.train_batch_size or rows_that_fit(policy, guide, schedule, args)
+    if args.compile:
+        halves, began = 1 if args.guidance == 1 else 2, time.time()
+        policy.compile({halves * args.batch_size, halves * args.train_batch_size})
+        print(f"compiled the UNet in {time.time() - began:.0f} s" * lead, flush=True)
+    if lead:
+        write(os.path.join(args.output_dir, "args.json"), settings)     # from here on the folder is this run's
+        run_card(args, policy, trained, prompts, benign, refused, device, dtype, why)
 
     checkpoints, rows = os.path.join(args.output_dir, "checkpoints"), []
     state = load_checkpoint(checkpoints)
@@ -445,8 +450,9 @@ def main(args):
         if memory:
             memory.load_state_dict(state["memory"])
         rows = state["rows"]
-        write_metrics(args.output_dir, rows)            # forget what came after the checkpoint
-        print(f"going on after epoch {len(rows)}", flush=True)
+        if lead:
+            write_metrics(args.output_dir, rows)        # forget what came after the checkpoint
+            print(f"going on after epoch {len(rows)}", flush=True)
 
     def finished():
         recent = [row["unsafe"] for row in rows[-2:] if "unsafe" in row]
@@ -458,37 +464,39 @@ def main(args):
         columns = [LABELS.index(label) for label in {*labels, *EXPOSED}]
         save_preview(path, policy, guide, prompts, args, nudity, columns)
 
-    if not rows:
+    if lead and not rows:
         preview(0)
-    epochs, benign_texts = tqdm(total=args.epochs, initial=len(rows), desc="epochs"), set(benign)
+    epochs, benign_texts = tqdm(total=args.epochs, initial=len(rows), desc="epochs", disable=not lead), set(benign)
     while not finished():
         epoch, began = len(rows) + 1, time.time()
         rng = np.random.default_rng([args.seed, epoch])     # an epoch's randomness and rate are its number's,
         for group in optimizer.param_groups:                # so that a resumed run is the same
             group["lr"] = args.lr * (1 if args.lr_schedule == "constant" else 1 - (epoch - 1) / args.epochs)
 
-        # ---- 1. sample: every prompt group_size times, remembering each denoising decision
-        drawn = draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch)
-        asked = [prompt for prompt in drawn for _ in range(args.group_size)]
-        seeds = rng.integers(2 ** 62, size=len(asked)).tolist()
-        batches = sample_epoch(policy, guide, asked, seeds, schedule, args)
-
-        # ---- 2. score: the pictures, from outside
-        pictures = torch.cat([policy.decode(batch.latents[:, -1]).cpu() for batch in batches]).numpy()
-        scores = score(reward_fn, pictures, asked, epoch, args)
+        # ---- 1. sample, and 2. score: every prompt group_size times, remembering each denoising decision
+        prompts_drawn = draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch)
+        asked = [prompt for prompt in prompts_drawn for _ in range(args.group_size)]
+        seeds = rng.integers(2 ** 62, size=len(asked))
+        shares = [np.flatnonzero(np.arange(len(asked)) // args.batch_size % peers.size() == r) for r in range(peers.size())]
+        mine = shares[peers.rank()]
+        latents, log_probs, scores = sample_epoch(policy, guide, [asked[i] for i in mine], seeds[mine].tolist(), schedule,
+                                                  reward_fn, args)
+        scores = together(peers.gather(scores), shares)
+        check_scores(scores, asked, epoch, args)
 
         # ---- 3. compare: each picture with its prompt's others
-        rewards = torch.from_numpy(scores["reward"])
-        advantage = advantages(rewards, asked, memory, args.advantage_scale).to(device)
+        advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale)
 
         # ---- 4. update: PPO on every decision
         quiet = np.array([prompt in benign_texts for prompt in asked])
-        seen, pulls, norm = learn(policy, guide, trained, optimizer, batches, asked, advantage,
-                                  torch.from_numpy(quiet).to(device), schedule, epoch, rng, args)
+        told = learn(policy, guide, trained, optimizer, Drawn(asked, advantage, quiet, mine, latents, log_probs),
+                     schedule, epoch, rng, args)
 
         # ---- 5. tell, and keep
-        row = summary(epoch, scores, quiet, seen, pulls, norm, args)
+        row = summary(epoch, scores, quiet, told, args)
         rows.append(row)
+        if not lead:
+            continue
         if epoch == 1:
             off = row["first_ratio_deviation"]
             tqdm.write(f"before the first update |ratio - 1| <= {off:.2g}" + (
@@ -510,6 +518,8 @@ def main(args):
                    + f"  kl {row['approx_kl']:.1e}  clipped {row['clipped_share']:.0%}"
                    f"  no spread {row['prompts_without_spread']:.0%}  {time.time() - began:.1f} s")
     epochs.close()
+    if not lead:
+        return
 
     # ---- the verdict
     preview(len(rows))

@@ -98,7 +98,7 @@ def test_a_run_killed_at_ten_random_moments_ends_bit_equal(small, uncut, tmp_pat
 
 def test_a_torn_checkpoint_is_never_loaded(uncut):
     import shutil
-    from train import load_checkpoint, read_pointer
+    from checkpoint import load_checkpoint, read_pointer
     folder = f"{uncut}/torn"
     shutil.copytree(f"{uncut}/checkpoints", folder)
     newest, older = read_pointer(folder)
@@ -143,7 +143,7 @@ def test_a_users_mistake_is_one_sentence(small, uncut, tmp_path, options, said):
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(small, tmp_path):
     """/dev/full stands for the disk: what is written there fails with ENOSPC."""
-    from train import load_checkpoint
+    from checkpoint import load_checkpoint
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     os.symlink("/dev/full", folder / "checkpoints" / "epoch_0002.pt.tmp")
@@ -171,30 +171,81 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, pipeline, tmp_p
     assert {"clip", "nudity", "unsafe", "buttocks_exposed", "benign_clip", "benign_pull"} <= set(json.loads(open(f"{whole}/metrics.jsonl").readline()))
 
 
-def test_the_benign_pull_is_the_benign_rows_distance_from_the_base(pipeline):
-    """Against the base loaded anew, predicting the whole batch; nothing at all before the LoRA has learned."""
+def random_lora(policy):
+    import torch
+    trained = policy.train("lora", 4, "attention")
+    with torch.no_grad():
+        for p in trained.values():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * .1)
+    return trained
+
+
+def test_the_benign_pull_is_the_distance_from_the_base(pipeline):
+    """Against the base loaded anew; nothing at all before the LoRA has learned."""
     import torch
     from ddpo import step_log_prob
     from guide import plain
     from model import Policy
-    from train import benign_pull, parse_args, sample_epoch
-    args = parse_args(["--steps", "3", "--batch-size", "4"])
+    from train import benign_pull
     policy, base = Policy(pipeline, trainable=True), Policy(pipeline)
-    trained = policy.train("lora", 4, "attention")
-    asked, quiet = ["a dog", "a cup", "a cat", "a pear"], torch.tensor([False, True, False, True])
-    schedule = policy.schedule(3, 1.)
-    batch, = sample_epoch(policy, plain, asked, range(4), schedule, args)
-    assert benign_pull(policy, plain, batch, asked, quiet, 1, schedule, args) == 0
+    trained, asked, k = policy.train("lora", 4, "attention"), ["a dog", "a cup", "a cat"], torch.tensor([1, 0, 2])
+    schedule, x = policy.schedule(3, 1.), torch.randn(3, *policy.latent_shape(), generator=torch.Generator().manual_seed(0))
+    predict = plain(policy, asked, 2.)
+    assert (benign_pull(policy, predict, x, k, schedule) == 0).all()
     with torch.no_grad():
         for p in trained.values():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * .1)
-        means = [step_log_prob(plain(one, asked, args.guidance), batch.latents[:, 1], None, schedule, 1)[0]
-                 for one in (policy, base)]
-    apart = sum(float(((means[0][i] - means[1][i]) ** 2).mean()) for i in (1, 3)) / 4
-    pull = benign_pull(policy, plain, batch, asked, quiet, 1, schedule, args)
-    assert apart > 0 and pull.item() == pytest.approx(apart, rel=1e-4)
-    pull.backward()
+        means = [torch.cat([step_log_prob(plain(one, [text], 2.), x[i:i + 1], None, schedule, int(k[i]))[0]
+                            for i, text in enumerate(asked)]) for one in (policy, base)]
+    pull = benign_pull(policy, predict, x, k, schedule)
+    apart = ((means[0] - means[1]) ** 2).flatten(1).mean(1)
+    assert (apart > 0).all() and torch.allclose(pull, apart, rtol=1e-4)
+    pull.sum().backward()
     assert all(p.grad is not None for p in trained.values())
+
+
+@pytest.mark.parametrize("per_call", [3, 8, 100])
+def test_the_flattened_steps_gradient_is_the_plain_loops(pipeline, per_call):
+    """A picture and a timestep at a time, with the loss written out, against calls of any number of picture-timesteps."""
+    import numpy as np
+    import torch
+    from ddpo import rollout
+    from guide import plain
+    from model import Policy
+    from sample import draw_noise
+    from train import Drawn, learn, parse_args
+    args = parse_args(["--steps", "4", "--batch-size", "4", "--updates", "1", "--timestep-fraction", "1", "--max-grad-norm", "1e9",
+                       "--benign-weight", "0", "--train-batch-size", str(per_call)])
+    policy = Policy(pipeline, trainable=True)
+    trained, schedule = random_lora(policy), policy.schedule(4, 1.)
+    asked = ["a dog", "a dog", "a cup", "a cup"] * 2
+    latents, log_probs = rollout(plain(policy, asked, 2.), draw_noise(range(8), 4, policy.latent_shape()), schedule)
+    advantage = torch.randn(8, generator=torch.Generator().manual_seed(1))
+    plainly = {name: torch.zeros_like(p) for name, p in trained.items()}
+    for i, text in enumerate(asked):
+        for k in range(4):
+            a, b, sigma = schedule.a_t[k], schedule.a_prev[k], schedule.sigma[k]
+            x, there = latents[i:i + 1, k], latents[i:i + 1, k + 1]
+            eps = plain(policy, [text], 2.)(x, schedule.t[k])
+            mean = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b - sigma ** 2).sqrt() * eps
+            log_p = torch.distributions.Normal(mean, sigma).log_prob(there).mean()
+            (-advantage[i] * (log_p - log_p.detach()).exp() / 32).backward()
+    for name, p in trained.items():
+        plainly[name], p.grad = p.grad, None
+
+    class Held:                                         # an optimizer that keeps the gradient and changes nothing
+        def step(self):
+            self.grads = {name: p.grad.clone() for name, p in trained.items()}
+
+        def zero_grad(self):
+            pass
+    held = Held()
+    told = learn(policy, plain, trained, held, Drawn(asked, advantage, np.zeros(8, bool), np.arange(8), latents, log_probs),
+                 schedule, 1, np.random.default_rng(0), args)
+    size = torch.cat([g.flatten() for g in plainly.values()]).norm()
+    off = torch.cat([(held.grads[name] - plainly[name]).flatten() for name in trained]).norm()
+    assert size > 0 and off / size < 1e-5
+    assert told["first_ratio_deviation"] < 1e-5 and told["clipped_share"] == 0
 
 
 def test_help_answers_within_a_second():
