@@ -1,0 +1,313 @@
+"""How fast an epoch is: against the machine's floor, and against TRL's trainer.
+
+    python bench.py                                        # the default epoch of the tiny world, here
+    python bench.py --steps 10 --timestep-fraction 1       # any option of train.py's
+    python bench.py --against ../trl/bin/python            # the same work by trl==0.23.1 in that environment
+    python bench.py --gpu-report                           # Stable Diffusion 1.5 in full size, on a GPU
+
+The floor is the UNet's FLOPs over the matrix rate this machine reaches in the dtype used: an epoch can't be
+faster than it without doing less. Appends what it printed to results/bench.md.
+"""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+REWARD = "redness: a cheap stand-in, the same on both sides"
+
+
+def redness(pictures, prompts):
+    import numpy as np
+    red = np.asarray(pictures, np.float32).mean((1, 2)) / 255
+    return {"reward": red[:, 0] - red[:, 1:].mean(1)}
+
+
+# ---- ours --------------------------------------------------------------------------------------------
+
+class Epoch:
+    """One epoch's work as train.py does it, cut where a clock can stand between its stages."""
+
+    def __init__(self, args, reward_fn=None):
+        import numpy as np
+        import torch
+        from guide import GUIDES
+        from judge import clip_of
+        from model import DTYPES, Policy
+        from prompts import draw, read
+        from reward import ClipScore, Nudity, parse_labels, shield_reward
+        from sample import choose_device
+        from train import check, rows_that_fit
+        check(args)
+        self.args, (self.device, self.dtype, _) = args, choose_device(args.device, args.dtype, learning=True)
+        torch.manual_seed(0)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.dtype != "fp32"
+        self.policy = Policy(args.model, None, self.device, DTYPES[self.dtype], trainable=True)
+        self.trained = self.policy.train(args.trainable, args.rank, args.lora_targets)
+        if args.gradient_checkpointing:
+            self.policy.unet.enable_gradient_checkpointing()
+        self.guide, self.schedule = GUIDES["plain"], self.policy.schedule(args.steps, args.eta)
+        args.train_batch_size = args.train_batch_size or rows_that_fit(self.policy, self.guide, self.schedule, args)
+        self.halves = 1 if args.guidance == 1 else 2
+        if args.compile:
+            began = time.time()
+            self.policy.compile({self.halves * args.batch_size, self.halves * args.train_batch_size})
+            print(f"compiled in {time.time() - began:.0f} s")
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-9, fused=self.device.startswith("cuda"))
+        self.reward_fn = reward_fn or shield_reward(ClipScore(clip_of(args.clip, args.model), self.device), Nudity(),
+                                                    parse_labels(args.unsafe_labels))
+        benign = read(args.benign)[0] if args.benign else []
+        prompts = draw(read(args.prompts)[0], benign, args.groups, args.benign_share, 0, 1)
+        self.asked = [prompt for prompt in prompts for _ in range(args.group_size)]
+        self.quiet = np.array([prompt in set(benign) for prompt in self.asked])
+
+    def wait(self):
+        import torch
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def run(self):
+        """Seconds to sample, to score (decode, CLIP, NudeNet), to update; and with scoring beside sampling, if it can."""
+        import numpy as np
+        import torch
+        from ddpo import advantages
+        from sample import rollouts
+        from train import Drawn, learn, sample_epoch
+        began = self.wait()
+        batches = list(rollouts(self.policy, self.guide, self.asked, range(len(self.asked)), self.schedule, self.args.guidance,
+                                self.args.batch_size, self.args.resolution))
+        sampled = self.wait()
+        pictures = torch.cat([self.policy.decode(latents[:, -1]).cpu() for _, _, latents, _ in batches]).numpy()
+        scores = self.reward_fn(pictures, self.asked)
+        scored = self.wait()
+        latents, log_probs = (torch.cat([batch[i] for batch in batches]) for i in (2, 3))
+        advantage = advantages(torch.as_tensor(scores["reward"]), self.asked, None, self.args.advantage_scale)
+        learn(self.policy, self.guide, self.trained, self.optimizer, Drawn(self.asked, advantage, self.quiet, np.arange(len(self.asked)),
+              latents, log_probs), self.schedule, 1, np.random.default_rng(0), self.args)
+        told = {"sample": sampled - began, "score": scored - sampled, "update": self.wait() - scored}
+        if self.device.startswith("cuda"):
+            began = self.wait()
+            sample_epoch(self.policy, self.guide, self.asked, list(range(len(self.asked))), self.schedule, self.reward_fn, self.args)
+            told["sample and score"] = self.wait() - began
+        return told
+
+    def flops(self):
+        """The UNet's FLOPs of an epoch, counted on calls of two rows: {"sample", "update"}."""
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode
+        from train import decisions
+        import numpy as np
+        x = torch.zeros(2, *self.policy.latent_shape(self.args.resolution), device=self.device)
+        predict = self.guide(self.policy, ["a", "a"], self.args.guidance)
+        compiled, self.policy.compiled = self.policy.compiled, {}
+
+        def per_picture(work):
+            with FlopCounterMode(display=False) as counter:
+                work()
+            return counter.get_total_flops() / 2
+        with torch.no_grad():
+            forward = per_picture(lambda: predict(x, self.schedule.t[0]))
+        both = per_picture(lambda: predict(x, self.schedule.t[0]).sum().backward())
+        self.policy.unet.zero_grad()
+        self.policy.compiled = compiled
+        learned, pulled = decisions(range(len(self.asked) // self.args.batch_size), self.quiet, self.args, np.random.default_rng(0))
+        inner = self.args.inner_epochs
+        return {"sample": forward * len(self.asked) * self.args.steps,
+                "update": inner * (both * (len(learned) + len(pulled)) + forward * len(pulled))}
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of square matrix products in this dtype: the best of many, of a size that fills the machine."""
+    import torch
+    size = 8192 if device.startswith("cuda") else 2048
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    best = 0
+    for _ in range(12):
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ b
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = max(best, 2 * size ** 3 / (time.perf_counter() - began))
+    return best
+
+
+def report(args, repeats):
+    """Median seconds of each stage over `repeats` epochs, after one that warms up, against the floor."""
+    import statistics
+    import torch
+    epoch = Epoch(args)
+    epoch.run()
+    if epoch.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    runs = [epoch.run() for _ in range(repeats)]
+    seconds = {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
+    rate, flops = matrix_rate(epoch.device, epoch.dtype), epoch.flops()
+    floor = sum(flops.values()) / rate
+    whole = seconds.get("sample and score", seconds["sample"] + seconds["score"]) + seconds["update"]
+    unet = seconds["sample"] + seconds["update"]
+    if epoch.device.startswith("cuda"):
+        memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of the GPU's"
+    else:
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB"
+    score = whole - unet if "sample and score" in seconds else seconds["score"]
+    return "\n".join([
+        f"{len(epoch.asked)} pictures, {args.steps} steps, guidance {args.guidance:g}, batch {args.batch_size}, {args.train_batch_size} picture-timesteps a "
+        f"learning call, LoRA rank {args.rank} on {args.lora_targets}, {epoch.dtype}; median of {repeats} epochs",
+        "", "| stage | seconds | UNet TFLOP | floor, seconds | measured / floor |", "|---|---|---|---|---|",
+        *(f"| {stage} | {seconds[stage]:.2f} | {flops[stage] / 1e12:.2f} | {flops[stage] / rate:.2f} | {seconds[stage] * rate / flops[stage]:.2f} |"
+          for stage in ("sample", "update")),
+        f"| score (decode, CLIP, NudeNet) | {seconds['score']:.2f} | | | |",
+        f"| epoch | {whole:.2f} | {sum(flops.values()) / 1e12:.2f} | {floor:.2f} | {whole / floor:.2f} |", "",
+        f"{len(epoch.asked) / whole:.2f} pictures a second; scoring takes {score / whole:.0%} of the epoch; matrix rate {rate / 1e12:.2f} TFLOP/s; "
+        f"peak memory {memory}"])
+
+
+# ---- theirs ------------------------------------------------------------------------------------------
+
+def serve_trl(model, batch, steps, guidance, dtype):
+    """Runs in TRL's environment: an epoch of its DDPOTrainer for every line on stdin, its seconds on stdout."""
+    import logging
+    logging.disable(logging.WARNING)
+    from accelerate import PartialState
+    PartialState()                                      # TRL's LoRA pipeline dies without
+    import torch
+    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+    torch.manual_seed(0)
+    prompts = iter(lambda: "a large peach on a blue background", None)
+    config = DDPOConfig(num_epochs=1, sample_num_steps=steps, sample_batch_size=batch, sample_num_batches_per_epoch=1, train_batch_size=batch,
+                        train_gradient_accumulation_steps=1, train_num_inner_epochs=1, sample_guidance_scale=guidance, train_cfg=guidance != 1,
+                        mixed_precision={"fp32": "no", "bf16": "bf16"}[dtype], save_freq=10 ** 9, num_checkpoint_limit=1, log_with=None,
+                        project_kwargs={"project_dir": "/tmp/trl_bench", "automatic_checkpoint_naming": True})
+
+    def reward(pictures, prompts, metadata):
+        red = pictures.float().mean((2, 3))
+        return red[:, 0] - red[:, 1:].mean(1), {}
+    trainer = DDPOTrainer(config, reward, lambda: (next(prompts), {}), DefaultDDPOStableDiffusionPipeline(model, use_lora=True))
+    step = 0
+    print("ready", flush=True)
+    for epoch, _ in enumerate(sys.stdin):
+        began = time.perf_counter()
+        step = trainer.step(0, step)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        print(json.dumps(time.perf_counter() - began), flush=True)
+
+
+def against(python, args, repeats):
+    """Our epoch and TRL's in turn: the same folder, LoRA (its rank 4 on attention), batch, steps, guidance, dtype, reward."""
+    import statistics
+    from sample import choose_device
+    dtype = choose_device(args.device, args.dtype, learning=True)[1]
+    epoch = Epoch(args, redness)
+    command = [python, os.path.abspath(__file__), "--serve-trl", os.path.abspath(args.model), str(args.batch_size), str(args.steps), str(args.guidance), dtype]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/tmp") as theirs:
+        def answer():
+            for line in theirs.stdout:                  # trackers may write there too
+                if line.strip() == "ready":
+                    return 0.
+                try:
+                    return float(line)
+                except ValueError:
+                    continue
+            raise SystemExit(f"bench.py: --against: {python} ended; it needs trl==0.23.1")
+        answer()
+        ours_seconds, their_seconds = [], []
+        for turn in range(repeats + 1):
+            theirs.stdin.write("go\n")
+            theirs.stdin.flush()
+            their_seconds.append(answer())
+            began = time.perf_counter()
+            epoch.run()
+            ours_seconds.append(time.perf_counter() - began)
+        theirs.stdin.close()
+    ours, other = statistics.median(ours_seconds[1:]), statistics.median(their_seconds[1:])
+    return (f"against TRL 0.23.1, {dtype}, {args.batch_size} pictures x {args.steps} steps, all learned from, guidance {args.guidance:g}, LoRA rank 4 on attention, "
+            f"{REWARD}; {repeats} alternating epochs: ours {ours:.2f} s, TRL's {other:.2f} s, **{other / ours:.2f} times faster** "
+            f"(each: {', '.join(f'{t / o:.2f}' for t, o in zip(their_seconds[1:], ours_seconds[1:]))})")
+
+
+# ---- Stable Diffusion 1.5's architecture -------------------------------------------------------------
+
+def build_sd15(folder, tokenizer="tiny/tokenizer"):
+    """SD 1.5 in full size with random weights, half precision: 2.1 GB. Speed needs no trained ones."""
+    import shutil
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64).half().save_pretrained(f"{folder}/unet")
+    AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4).half().save_pretrained(f"{folder}/vae")
+    CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+                  ).half().save_pretrained(f"{folder}/text_encoder")
+    PNDMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
+                  set_alpha_to_one=False).save_pretrained(f"{folder}/scheduler")
+    shutil.copytree(tokenizer, f"{folder}/tokenizer", dirs_exist_ok=True)
+    with open("tiny/model_index.json") as file:
+        index = {**json.load(file), "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"]}
+    with open(f"{folder}/model_index.json", "w") as file:
+        json.dump(index, file)
+    return folder
+
+
+SD15 = ["--clip", "tiny/clip", "--benign", "", "--benign-share", "0", "--steps", "50", "--guidance", "5", "--rank", "4", "--lora-targets", "attention",
+        "--timestep-fraction", "1", "--benign-weight", "0", "--groups", "1", "--updates", "1", "--dtype", "bf16"]
+
+
+# ---- the command -------------------------------------------------------------------------------------
+
+def main():
+    if sys.argv[1:2] == ["--serve-trl"]:
+        model, batch, steps, guidance, dtype = sys.argv[2:]
+        return serve_trl(model, int(batch), int(steps), float(guidance), dtype)
+    p = argparse.ArgumentParser(description="How fast an epoch is; further options are train.py's.")
+    p.add_argument("--repeats", type=int, default=5, help="epochs timed, after one that warms up")
+    p.add_argument("--against", default=None, help="a Python that has trl==0.23.1, to time beside ours")
+    p.add_argument("--gpu-report", action="store_true", help="Stable Diffusion 1.5 in full size: 16 pictures, and 8 with checkpointing")
+    own, rest = p.parse_known_args()
+    import torch
+    from evaluate import commit
+    from importlib.metadata import version
+    from train import parse_args
+    lines = []
+    if own.gpu_report:
+        if not torch.cuda.is_available():
+            print("bench.py: --gpu-report: no CUDA GPU is here, so nothing was measured", file=sys.stderr)
+            sys.exit(2)
+        model = ["--model", build_sd15("out/sd15_random")]
+        for more in (["--group-size", "16", "--batch-size", "16", "--compile"], ["--group-size", "16", "--batch-size", "16"],
+                     ["--group-size", "8", "--batch-size", "8", "--gradient-checkpointing", "--train-batch-size", "8"]):
+            lines += [report(parse_args(model + SD15 + more + rest), own.repeats), ""]
+        if own.against:
+            lines.append(against(own.against, parse_args(model + SD15 + ["--group-size", "16", "--batch-size", "16"] + rest), own.repeats))
+    elif own.against:
+        same = ["--groups", "1", "--group-size", "32", "--updates", "1", "--rank", "4", "--lora-targets", "attention", "--timestep-fraction", "1",
+                "--benign-share", "0", "--benign-weight", "0"]
+        lines.append(against(own.against, parse_args(same + rest), own.repeats))
+    else:
+        lines.append(report(parse_args(rest), own.repeats))
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    head = f"## {machine}, torch {version('torch')}, diffusers {version('diffusers')}, commit {commit()}"
+    text = "\n".join([head, "", f"`python bench.py {' '.join(sys.argv[1:])}`".replace(os.path.expanduser("~"), "~"), "", *lines, ""])
+    print(text)
+    os.makedirs("results", exist_ok=True)
+    with open("results/bench.md", "a") as file:
+        file.write("\n" + text)
+
+
+def processor():
+    import platform
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()
