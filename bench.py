@@ -33,7 +33,7 @@ class Epoch:
     def __init__(self, args, reward_fn=None):
         import numpy as np
         import torch
-        from guide import GUIDES
+        from guide import choose_guide
         from judge import clip_of
         from model import DTYPES, Policy
         from prompts import draw, read
@@ -48,7 +48,7 @@ class Epoch:
         self.trained = self.policy.train(args.trainable, args.rank, args.lora_targets)
         if args.gradient_checkpointing:
             self.policy.unet.enable_gradient_checkpointing()
-        self.guide, self.schedule = GUIDES["plain"], self.policy.schedule(args.steps, args.eta)
+        self.guide, self.schedule = choose_guide(args.guide), self.policy.schedule(args.steps, args.eta)
         args.train_batch_size = args.train_batch_size or rows_that_fit(self.policy, self.guide, self.schedule, args)
         self.halves = 1 if args.guidance == 1 else 2
         if args.compile:
@@ -86,7 +86,7 @@ class Epoch:
         latents, log_probs = (torch.cat([batch[i] for batch in batches]) for i in (2, 3))
         advantage = advantages(torch.as_tensor(scores["reward"]), self.asked, None, self.args.advantage_scale)
         learn(self.policy, self.guide, self.trained, self.optimizer, Drawn(self.asked, advantage, self.quiet, np.arange(len(self.asked)),
-              latents, log_probs), self.schedule, 1, np.random.default_rng(0), self.args)
+              latents, log_probs, None), self.schedule, 1, np.random.default_rng(0), self.args)
         told = {"sample": sampled - began, "score": scored - sampled, "update": self.wait() - scored}
         if self.device.startswith("cuda"):
             began = self.wait()

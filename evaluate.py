@@ -99,12 +99,12 @@ def keys_of(file, fingerprint, guide, args, shape):
 
 def draw_missing(policy, guide, file, keys, store, args, tick=lambda: None):
     """Sample what the store lacks. Batches are cut alike whatever is there: a picture never depends on that."""
-    from guide import GUIDES
+    from guide import choose_guide
     schedule = policy.schedule(args.steps, args.eta)
     for start in range(0, len(keys), args.batch_size):
         part = slice(start, start + args.batch_size)
         if not all(key in store for key in keys[part]):
-            (_, _, latents, _), = rollouts(policy, GUIDES[guide], file.prompts[part], file.seeds[part], schedule,
+            (_, _, latents, _), = rollouts(policy, choose_guide(guide), file.prompts[part], file.seeds[part], schedule,
                                            args.guidance, args.batch_size, args.resolution)
             for key, latent in zip(keys[part], latents[:, -1].cpu().numpy()):
                 store[key] = latent
@@ -115,14 +115,16 @@ def drawn_row(name, policy, guide, files, store, args, decode, about=None, tick=
     """A model with a guide as a Row: all its latents are in the store when this returns."""
     import torch
     fingerprint = policy.fingerprint()
-    keys = {file: keys_of(files[file], fingerprint, guide, args, policy.latent_shape(args.resolution)) for file in files}
+    policy.concept = args.concept or policy.concept
+    about = {**(about or {}), "guide": guide, "sha256": fingerprint, **({} if guide == "plain" else {"concept": policy.concept})}
+    keys = {file: keys_of(files[file], fingerprint, [guide, about.get("concept")], args, policy.latent_shape(args.resolution)) for file in files}
     for file in files:
         draw_missing(policy, guide, files[file], keys[file], store, args, tick)
 
     def look(file, start):
         latents = [torch.from_numpy(store[key]) for key in keys[file.name][start:start + BLOCK]]
         return decode(torch.stack(latents).to(policy.device)).cpu().numpy()
-    return Row(name, look, {**(about or {}), "guide": guide, "sha256": fingerprint})
+    return Row(name, look, about)
 
 
 def folder_row(folder, files):
@@ -347,7 +349,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("what is compared")
     g.add_argument("--model", default=None, help="folder or hub id of the base; the checkpoint's, else tiny")
     g.add_argument("--checkpoint", **several, help="out/NAME of train.py, or LoRA files; the newest run in out/ if none is given")
-    g.add_argument("--guide", **several, help="ways to sample: plain")
+    g.add_argument("--guide", **several, help="ways to sample: plain, negative, sld-weak, sld-medium, sld-strong, sld-max, safree, safree-always")
     g.add_argument("--images", **several, help="folders of pictures that another tool drew, named by case number")
     g = p.add_argument_group("on what")
     g.add_argument("--prompts", **several, help="prompt files that should become safe; all of data/ if no file is given")
@@ -429,10 +431,9 @@ def main(args):
     for option in ("limit", "pictures"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option}: {getattr(args, option)} is given; at least 1 is needed")
-    from guide import GUIDES
-    unknown = [g for g in args.guide if g not in GUIDES]
-    if unknown:
-        raise UserError(f"--guide: {unknown[0]} is unknown; give some of {', '.join(GUIDES)}")
+    from guide import choose_guide
+    for name in args.guide:
+        choose_guide(name)
     files, before = open_files(args)
     from tqdm import tqdm
     from model import DTYPES, Policy

@@ -18,6 +18,7 @@ LORA_TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"],
                 "all": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
                         "conv1", "conv2", "conv_shortcut", "time_emb_proj"]}
 LORA_FILE = "pytorch_lora_weights.safetensors"
+CONCEPTS = {"tiny": "peach, stuffed flatbread, full moon, brown circle, tangerine, egg, dvd", "": "nudity, sexual"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -58,6 +59,7 @@ class Policy:
         self.scheduler = DDIMScheduler.from_config(part(DDIMScheduler, "scheduler").config, clip_sample=False,
                                                    set_alpha_to_one=False, steps_offset=1)
         self.prediction_type = self.scheduler.config.prediction_type
+        self.concept = CONCEPTS.get(os.path.basename(os.path.normpath(model)), CONCEPTS[""])    # what guides steer away from
         self.compiled = {}                              # rows of a call -> a compiled UNet
         self.states = {}                                # prompt -> text states (L, D), encoded once a run
 

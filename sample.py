@@ -120,6 +120,7 @@ def add_common_options(p):
     p.add_argument("--steps", type=int, default=5, help="denoising steps a picture (DDIM); Stable Diffusion wants 50")
     p.add_argument("--eta", type=float, default=1., help="noise of DDIM's steps, above 0 to 1; 1 is DDPM's")
     p.add_argument("--guidance", type=float, default=2., help="classifier-free guidance scale; 1 is none; Stable Diffusion wants 5 to 7.5")
+    p.add_argument("--concept", default=None, help="what guides steer away from, words with commas; the unsafe emoji, or: nudity, sexual")
     p.add_argument("--resolution", type=int, default=None, help="pixels a side; the model's own size if left out")
     p.add_argument("--unsafe-labels", default="strict", help="strict (five), exposed (nine), or NudeNet labels with commas")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -175,6 +176,7 @@ def parse_args(argv=None):
     p.add_argument("prompts", help="a .txt, .csv or .jsonl file, or a literal text")
     p.add_argument("--model", default=None, help="folder or hub id; the checkpoint's base, else tiny")
     p.add_argument("--checkpoint", default=None, help="out/NAME of train.py, or a LoRA file; none: the base model")
+    p.add_argument("--guide", default="plain", help="plain, negative, sld-weak, -medium, -strong, -max, safree, safree-always")
     p.add_argument("--category", default=None, help="only prompts of this category (I2P: sexual)")
     p.add_argument("--images", type=int, default=None, help="pictures in all, the prompts in turn; one each if left out")
     p.add_argument("--batch-size", type=int, default=32, help="pictures at once; does not change them")
@@ -193,23 +195,27 @@ def main(args):
         print(f"refused {refused} prompts that mention minors")
     from PIL import Image
     from tqdm import tqdm
-    from guide import GUIDES
+    from guide import choose_guide
     from model import DTYPES, Policy
     from reward import EXPOSED, LABELS, THRESHOLD, Nudity, parse_labels
     labels = parse_labels(args.unsafe_labels)
     make_folder(args.output_dir)
     device, dtype, _ = choose_device(args.device, args.dtype)
     policy = Policy(base_of(args.checkpoint, args.model), args.checkpoint, device, DTYPES[dtype])
+    policy.concept = args.concept or policy.concept
+    guide = choose_guide(args.guide)
     prompts, seeds = spread(prompts, args.images or len(prompts), args.seed)
     batches = -(-len(prompts) // args.batch_size)
     with tqdm(total=batches * args.steps, desc="sampling") as bar:
-        pictures = generate(policy, GUIDES["plain"], prompts, seeds, args.steps, args.eta, args.guidance,
+        pictures = generate(policy, guide, prompts, seeds, args.steps, args.eta, args.guidance,
                             args.batch_size, args.resolution, bar.update)
     fires = Nudity()(pictures)[:, [LABELS.index(label) for label in {*labels, *EXPOSED}]].max(1) >= THRESHOLD
     shown = pictures if args.no_censor else pixelate(pictures, fires)
     try:
-        for i, picture in enumerate(shown):
-            Image.fromarray(picture).save(os.path.join(args.output_dir, f"{i:05d}.png"))
+        asked = len(set(prompt.case for prompt in prompts))
+        for i, picture in enumerate(shown):             # CASE.png, or CASE_TURN.png where a prompt has several
+            turn = f"_{i // asked}" if len(shown) > asked else ""
+            Image.fromarray(picture).save(os.path.join(args.output_dir, f"{prompts[i].case:05d}{turn}.png"))
         grid(shown).save(os.path.join(args.output_dir, "grid.png"))
     except OSError as error:
         raise UserError(f"--output-dir: {args.output_dir} can't be written ({error.strerror})") from None

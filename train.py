@@ -23,8 +23,9 @@ from prompts import UserError, draw, read
 from sample import add_common_options, check_common, choose_device, run
 
 # An epoch's pictures. Of all N: asked, their prompts; advantage (N,); quiet (N,) bool, benign ones. Of this process's n:
-# mine (n,), their numbers; latents (n, T + 1, C, h, w); log_probs (n, T)
-Drawn = namedtuple("Drawn", "asked advantage quiet mine latents log_probs")
+# mine (n,), their numbers; latents (n, T + 1, C, h, w); log_probs (n, T); memory (n, T, C, h, w), what a guide carries from step
+# to step, or None
+Drawn = namedtuple("Drawn", "asked advantage quiet mine latents log_probs memory")
 
 
 def parse_args(argv=None):
@@ -48,6 +49,8 @@ def parse_args(argv=None):
     g.add_argument("--groups", type=int, default=8, help="prompts an epoch")
     g.add_argument("--group-size", type=int, default=8, help="pictures of each prompt")
     g.add_argument("--batch-size", type=int, default=32, help="pictures at once, sampling and learning")
+    g.add_argument("--guide", default="plain", help="plain, negative, sld-weak, -medium, -strong, -max, safree, safree-always")
+    g.add_argument("--prompt-choice", default="spread", choices=["spread", "walk"], help="by how far a prompt's last rewards lay apart, or in turn")
     g.add_argument("--benign-share", type=float, default=.25, help="share of an epoch's prompts from --benign")
     g = p.add_argument_group("learning")
     g.add_argument("--epochs", type=int, default=36, help="epochs at most")
@@ -238,7 +241,7 @@ Settings: `{json.dumps(kept)}`
 def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args):
     """One picture a prompt and seed, remembering every denoising decision, and what the reward says of it.
 
-    Returns latents (N, T + 1, C, h, w), log_probs (N, T), scores {name: float32 (N,)}. On a GPU the reward
+    Returns latents (N, T + 1, C, h, w), log_probs (N, T), the guide's memory, scores {name: float32 (N,)}. On a GPU the reward
     looks at a batch in a thread of its own, while the next one is drawn.
     """
     import numpy as np
@@ -247,19 +250,21 @@ def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args):
     from tqdm import tqdm
     from sample import rollouts
     if not asked:                                       # a process without a batch
-        return None, None, {}
-    latents, log_probs, judged = [], [], []
+        return None, None, None, {}
+    latents, log_probs, memory, judged = [], [], [], []
     with (tqdm(total=len(asked) // args.batch_size * args.steps, desc="sampling", leave=False, disable=peers.rank() > 0) as bar,
           ThreadPoolExecutor(1) as judge):
-        for part, _, path, decided in rollouts(policy, guide, asked, seeds, schedule, args.guidance,
+        for part, predict, path, decided in rollouts(policy, guide, asked, seeds, schedule, args.guidance,
                                                args.batch_size, args.resolution, bar.update):
             latents.append(path)
             log_probs.append(decided)
+            if hasattr(predict, "memory"):
+                memory.append(torch.stack(predict.memory, 1))
             look = lambda arrive=on_its_way(policy.decode(path[:, -1])), texts=asked[part]: reward_fn(arrive(), texts)
             judged.append(judge.submit(look) if policy.device.type == "cuda" else look())
     parts = [part.result() if hasattr(part, "result") else part for part in judged]
     scores = {name: np.concatenate([np.asarray(part[name], np.float32).reshape(-1) for part in parts]) for name in parts[0]}
-    return torch.cat(latents), torch.cat(log_probs), scores
+    return torch.cat(latents), torch.cat(log_probs), torch.cat(memory) if memory else None, scores
 
 
 def on_its_way(pictures):
@@ -343,7 +348,10 @@ def learn(policy, guide, trained, optimizer, drawn, schedule, epoch, rng, args):
         for part in (pairs[start:start + per_call] for start in range(0, len(pairs), per_call)):
             texts = [drawn.asked[i] for i in part[:, 0]]
             rows, k = (torch.from_numpy(index).to(policy.device) for index in (home[part[:, 0]], part[:, 1]))
-            yield part, rows, k, guide(policy, texts, guidance_of(texts, args.guidance))
+            predict = guide(policy, texts, guidance_of(texts, args.guidance))
+            if drawn.memory is not None:
+                predict.recall(drawn.memory[rows, k])
+            yield part, rows, k, predict
 
     with tqdm(total=len(updates) * args.inner_epochs, desc="learning", leave=False, disable=peers.rank() > 0) as bar:
         for number, batches in enumerate(list(updates) * args.inner_epochs):
@@ -414,7 +422,7 @@ def main(args):
     from tqdm import tqdm
     from ddpo import RewardMemory, advantages
     from judge import clip_of
-    from guide import GUIDES
+    from guide import choose_guide
     from model import DTYPES, Policy
 
     torch.manual_seed(args.seed)                        # every process starts from the same LoRA
@@ -423,7 +431,8 @@ def main(args):
     trained = policy.train(args.trainable, args.rank, args.lora_targets)
     if args.gradient_checkpointing:
         policy.unet.enable_gradient_checkpointing()
-    nudity, guide = Nudity(), GUIDES["plain"]
+    policy.concept = args.concept or policy.concept
+    nudity, guide = Nudity(), choose_guide(args.guide)
     verdict = args.held_out and args.verdict_images
     clip = ClipScore(clip_of(args.clip, args.model), device) if reward_fn is None or verdict else None
     if reward_fn is None:
@@ -440,7 +449,7 @@ def main(args):
         write(os.path.join(args.output_dir, "args.json"), settings)     # from here on the folder is this run's
         run_card(args, policy, trained, prompts, benign, refused, device, dtype, why)
 
-    checkpoints, rows = os.path.join(args.output_dir, "checkpoints"), []
+    checkpoints, rows, spread = os.path.join(args.output_dir, "checkpoints"), [], {}
     state = load_checkpoint(checkpoints)
     if state:
         with torch.no_grad():
@@ -449,6 +458,7 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
         if memory:
             memory.load_state_dict(state["memory"])
+        spread = state["spread"]
         rows = state["rows"]
         if lead:
             write_metrics(args.output_dir, rows)        # forget what came after the checkpoint
@@ -474,22 +484,25 @@ def main(args):
             group["lr"] = args.lr * (1 if args.lr_schedule == "constant" else 1 - (epoch - 1) / args.epochs)
 
         # ---- 1. sample, and 2. score: every prompt group_size times, remembering each denoising decision
-        prompts_drawn = draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch)
+        prompts_drawn = draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch,
+                             spread if args.prompt_choice == "spread" else None)
         asked = [prompt for prompt in prompts_drawn for _ in range(args.group_size)]
         seeds = rng.integers(2 ** 62, size=len(asked))
         shares = [np.flatnonzero(np.arange(len(asked)) // args.batch_size % peers.size() == r) for r in range(peers.size())]
         mine = shares[peers.rank()]
-        latents, log_probs, scores = sample_epoch(policy, guide, [asked[i] for i in mine], seeds[mine].tolist(), schedule,
+        latents, log_probs, carried, scores = sample_epoch(policy, guide, [asked[i] for i in mine], seeds[mine].tolist(), schedule,
                                                   reward_fn, args)
         scores = together(peers.gather(scores), shares)
         check_scores(scores, asked, epoch, args)
 
         # ---- 3. compare: each picture with its prompt's others
+        for prompt, rewards in zip(prompts_drawn, scores["reward"].reshape(-1, args.group_size)):
+            spread[str(prompt)] = float(rewards.std())
         advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale)
 
         # ---- 4. update: PPO on every decision
         quiet = np.array([prompt in benign_texts for prompt in asked])
-        told = learn(policy, guide, trained, optimizer, Drawn(asked, advantage, quiet, mine, latents, log_probs),
+        told = learn(policy, guide, trained, optimizer, Drawn(asked, advantage, quiet, mine, latents, log_probs, carried),
                      schedule, epoch, rng, args)
 
         # ---- 5. tell, and keep
@@ -508,6 +521,7 @@ def main(args):
             write_metrics(args.output_dir, rows)
             save_checkpoint(checkpoints, {
                 "epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {},
+                "spread": spread,
                 "weights": {name: p.detach() for name, p in trained.items()},
                 "optimizer": optimizer.state_dict()})
         shown = {name: f"{row[name]:.3f}" for name in ("reward", "clip", "nudity", "unsafe") if name in row}
@@ -535,7 +549,7 @@ def main(args):
         steps = sum(-(-len(file.prompts) // args.batch_size) for file in files.values()) * len(policies)
         store = {}
         with tqdm(total=steps, desc="verdict", leave=False) as bar:
-            drawn = [drawn_row(name, p, "plain", files, store, args, p.decode, tick=bar.update) for name, p in policies.items()]
+            drawn = [drawn_row(name, p, args.guide, files, store, args, p.decode, tick=bar.update) for name, p in policies.items()]
         table, _ = compare(files, drawn, load_tools(args.model, device, args.clip), store, labels)
         told = to_markdown(files, table, headline=True)
         print(told)

@@ -240,12 +240,18 @@ def test_the_flattened_steps_gradient_is_the_plain_loops(pipeline, per_call):
         def zero_grad(self):
             pass
     held = Held()
-    told = learn(policy, plain, trained, held, Drawn(asked, advantage, np.zeros(8, bool), np.arange(8), latents, log_probs),
+    told = learn(policy, plain, trained, held, Drawn(asked, advantage, np.zeros(8, bool), np.arange(8), latents, log_probs, None),
                  schedule, 1, np.random.default_rng(0), args)
     size = torch.cat([g.flatten() for g in plainly.values()]).norm()
     off = torch.cat([(held.grads[name] - plainly[name]).flatten() for name in trained]).norm()
     assert size > 0 and off / size < 1e-5
     assert told["first_ratio_deviation"] < 1e-5 and told["clipped_share"] == 0
+
+
+def test_a_guide_with_a_memory_trains_on_policy(small, tmp_path):
+    code, _, err = train(*small, "--guide", "sld-max", "--guidance", "3", "--concept", "dog", "--dtype", "fp32", "--epochs", "1", "--output-dir", str(tmp_path / "run"))
+    assert code == 0, err
+    assert json.loads(open(f"{tmp_path}/run/metrics.jsonl").readline())["first_ratio_deviation"] < 1e-5
 
 
 def test_help_answers_within_a_second():
