@@ -119,5 +119,5 @@ def test_prompts_are_drawn_where_their_rewards_still_lie_apart():
     count = lambda name: sum(name in picked for picked in drawn)
     assert count("0") > 60 and count("1") > 60 and 0 < count("7") < 40
     spread.pop("5")                                                         # never drawn: as if the widest
-    assert sum("5" in draw(prompts, benign, 4, .25, 0, epoch, spread) for epoch in range(1, 101)) > 60
+    assert sum("5" in draw(prompts, benign, 4, .25, 0, epoch, spread) for epoch in range(1, 101)) > 45
     assert drawn[6] == draw(prompts, benign, 4, .25, 0, 7, {str(i): 1. if i < 2 else 0. for i in range(20)})
