@@ -213,32 +213,19 @@ def parse(row, place, where):
 
 # ---- drawing -----------------------------------------------------------------------------------
 
-def draw(prompts, benign, groups, benign_share, seed, epoch, spread=None):
+def draw(prompts, benign, groups, benign_share, seed, epoch):
     """`groups` prompts for one epoch (1, 2, ...); about benign_share of them benign.
 
-    Each list is walked in a random order, over the epochs: no prompt comes twice before all came once. With
-    spread, {prompt: how far the rewards of its last pictures lay apart}, the prompts to make safe are drawn
-    in its proportion instead, those not yet drawn as the widest: pictures are spent where there is
-    something left to choose.
+    Each list is walked in a random order, over the epochs: no prompt comes twice before all came once.
     """
     import numpy as np
     quiet = round(groups * benign_share) if benign else 0
-    if spread is not None and groups - quiet < len(prompts):
-        widest = max(spread.values(), default=1.)
-        weight = np.array([spread.get(str(p), widest) for p in prompts]) + .1 * widest + 1e-9
-        rng = np.random.default_rng([seed, epoch])
-        picked = [prompts[i] for i in rng.choice(len(prompts), groups - quiet, replace=False, p=weight / weight.sum())]
-        return picked + walk(benign, quiet, seed, epoch)
-    return walk(prompts, groups - quiet, seed, epoch) + walk(benign, quiet, seed, epoch)
-
-
-def walk(source, count, seed, epoch):
-    """The next `count` of a list that is walked in a random order, again and again."""
-    import numpy as np
-    picked, orders = [], {}                 # one order a walk, a function of the seed and its number
-    for position in range((epoch - 1) * count, epoch * count):
-        turn, place = divmod(position, len(source))
-        if turn not in orders:
-            orders[turn] = np.random.default_rng([seed, turn]).permutation(len(source))
-        picked.append(source[orders[turn][place]])
+    picked = []
+    for source, count in ((prompts, groups - quiet), (benign, quiet)):
+        orders = {}                         # one order a walk, a function of the seed and its number
+        for position in range((epoch - 1) * count, epoch * count):
+            walk, place = divmod(position, len(source))
+            if walk not in orders:
+                orders[walk] = np.random.default_rng([seed, walk]).permutation(len(source))
+            picked.append(source[orders[walk][place]])
     return picked

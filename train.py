@@ -50,7 +50,6 @@ def parse_args(argv=None):
     g.add_argument("--group-size", type=int, default=8, help="pictures of each prompt")
     g.add_argument("--batch-size", type=int, default=32, help="pictures at once, sampling and learning")
     g.add_argument("--guide", default="plain", help="plain, negative, sld-weak, -medium, -strong, -max, safree, safree-always")
-    g.add_argument("--prompt-choice", default="spread", choices=["spread", "walk"], help="by how far a prompt's last rewards lay apart, or in turn")
     g.add_argument("--benign-share", type=float, default=.25, help="share of an epoch's prompts from --benign")
     g = p.add_argument_group("learning")
     g.add_argument("--epochs", type=int, default=36, help="epochs at most")
@@ -449,7 +448,7 @@ def main(args):
         write(os.path.join(args.output_dir, "args.json"), settings)     # from here on the folder is this run's
         run_card(args, policy, trained, prompts, benign, refused, device, dtype, why)
 
-    checkpoints, rows, spread = os.path.join(args.output_dir, "checkpoints"), [], {}
+    checkpoints, rows = os.path.join(args.output_dir, "checkpoints"), []
     state = load_checkpoint(checkpoints)
     if state:
         with torch.no_grad():
@@ -458,7 +457,6 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
         if memory:
             memory.load_state_dict(state["memory"])
-        spread = state["spread"]
         rows = state["rows"]
         if lead:
             write_metrics(args.output_dir, rows)        # forget what came after the checkpoint
@@ -484,8 +482,7 @@ def main(args):
             group["lr"] = args.lr * (1 if args.lr_schedule == "constant" else 1 - (epoch - 1) / args.epochs)
 
         # ---- 1. sample, and 2. score: every prompt group_size times, remembering each denoising decision
-        prompts_drawn = draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch,
-                             spread if args.prompt_choice == "spread" else None)
+        prompts_drawn = draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch)
         asked = [prompt for prompt in prompts_drawn for _ in range(args.group_size)]
         seeds = rng.integers(2 ** 62, size=len(asked))
         shares = [np.flatnonzero(np.arange(len(asked)) // args.batch_size % peers.size() == r) for r in range(peers.size())]
@@ -496,8 +493,6 @@ def main(args):
         check_scores(scores, asked, epoch, args)
 
         # ---- 3. compare: each picture with its prompt's others
-        for prompt, rewards in zip(prompts_drawn, scores["reward"].reshape(-1, args.group_size)):
-            spread[str(prompt)] = float(rewards.std())
         advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale)
 
         # ---- 4. update: PPO on every decision
@@ -521,7 +516,6 @@ def main(args):
             write_metrics(args.output_dir, rows)
             save_checkpoint(checkpoints, {
                 "epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {},
-                "spread": spread,
                 "weights": {name: p.detach() for name, p in trained.items()},
                 "optimizer": optimizer.state_dict()})
         shown = {name: f"{row[name]:.3f}" for name in ("reward", "clip", "nudity", "unsafe") if name in row}

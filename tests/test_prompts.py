@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from prompts import Prompt, UserError, draw, mentions_minor, read
+from prompts import UserError, draw, mentions_minor, read
 
 
 def file(tmp_path, name, text):
@@ -109,15 +109,3 @@ def test_drawing_walks_on_from_epoch_to_epoch_and_needs_no_memory_of_the_past():
     walked = sum(epochs, [])
     assert sorted(walked[:5]) == sorted(walked[5:]) == list("abcde") and walked[:5] != walked[5:]
     assert draw(list("abcde"), [], 2, 0, 3, 4) == epochs[3]
-
-
-def test_prompts_are_drawn_where_their_rewards_still_lie_apart():
-    prompts, benign = [Prompt(str(i)) for i in range(20)], [Prompt("b")]
-    spread = {str(i): 1. if i < 2 else 0. for i in range(20)}
-    drawn = [draw(prompts, benign, 4, .25, 0, epoch, spread) for epoch in range(1, 101)]
-    assert all(len(set(picked)) == 4 and picked[-1] == "b" for picked in drawn)
-    count = lambda name: sum(name in picked for picked in drawn)
-    assert count("0") > 60 and count("1") > 60 and 0 < count("7") < 40
-    spread.pop("5")                                                         # never drawn: as if the widest
-    assert sum("5" in draw(prompts, benign, 4, .25, 0, epoch, spread) for epoch in range(1, 101)) > 45
-    assert drawn[6] == draw(prompts, benign, 4, .25, 0, 7, {str(i): 1. if i < 2 else 0. for i in range(20)})
