@@ -364,7 +364,7 @@ def parse_args(argv=None):
     several = dict(nargs="+", action="extend", default=[])
     g = p.add_argument_group("what is compared")
     g.add_argument("--model", default=None, help="folder or hub id of the base; the checkpoint's, else tiny")
-    g.add_argument("--checkpoint", **several, help="out/NAME of train.py, or LoRA files; the newest run in out/ if none is given")
+    g.add_argument("--checkpoint", **several, help="out/NAME of train.py or erase.py, or LoRA files, with +GUIDE for a guide of its own; the newest run in out/ if none is given")
     g.add_argument("--guide", **several, help="ways to sample: plain, negative, sld-weak, sld-medium, sld-strong, sld-max, safree, safree-always")
     g.add_argument("--images", **several, help="folders of pictures that another tool drew, named by case number")
     g = p.add_argument_group("on what")
@@ -388,6 +388,15 @@ def parse_args(argv=None):
     g.add_argument("--output-dir", default="out/evaluation", help="folder of results.json, table.md, table.csv, report.html")
     add_common_options(p)
     return p.parse_args(argv)
+
+
+def with_guide(path):
+    """"out/a+sld-medium" -> ("out/a", "sld-medium"); "base+negative" -> (None, "negative"); "out/a" -> ("out/a", None)."""
+    from guide import GUIDES
+    folder, _, guide = path.rpartition("+")
+    if guide not in GUIDES or not folder:
+        return path, None
+    return None if folder == "base" else folder, guide
 
 
 def newest_run(model):
@@ -459,8 +468,9 @@ def main(args):
     device, dtype, why = choose_device(args.device, args.dtype)
     if not args.checkpoint and not args.images:
         args.checkpoint = [run_ for run_ in [newest_run(args.model)] if run_]
-    model = base_of(args.checkpoint[0] if args.checkpoint else None, args.model)
-    for path in args.checkpoint:
+    paths = [folder for folder, _ in map(with_guide, args.checkpoint) if folder]
+    model = base_of(paths[0] if paths else None, args.model)
+    for path in paths:
         if os.path.isfile(os.path.join(path, "args.json")) and base_of(path, None) != model:
             raise UserError(f"--checkpoint: {path} was trained on {base_of(path, None)}, not on {model}; one base a table")
     folders = [folder_row(folder, files) for folder in args.images]         # complain before an hour of sampling
@@ -474,11 +484,14 @@ def main(args):
     reference = read_folder(args.reference, tools) if args.reference else None
     store, rows, decode, began = Store(args.cache), [], None, time.time()
     guides = args.guide or ["plain"]
-    wanted = [(None, "plain"), *((None, g) for g in guides if g != "plain"), *((c, g) for c in args.checkpoint for g in guides)]
+    wanted = [(None, "plain"), *((None, g) for g in guides if g != "plain")]
+    for path in args.checkpoint:
+        folder, guide = with_guide(path)
+        wanted += [(folder, guide)] if guide else [(folder, g) for g in guides]
     batches = sum(-(-len(file.prompts) // args.batch_size) for file in files.values())
     with tqdm(total=batches * len(wanted), desc="sampling") as bar:
         for checkpoint, guide in wanted:
-            policy = Policy(model, checkpoint, device, DTYPES[dtype])
+            policy = Policy(model, checkpoint, device, DTYPES[dtype])       # None: the base itself
             decode = decode or policy.decode                                # a checkpoint changes the UNet alone
             name = os.path.basename(os.path.normpath(checkpoint)) if checkpoint else "base"
             name += f" + {guide}" * (guide != "plain")

@@ -133,14 +133,17 @@ class Policy:
     # ---- what is trained -------------------------------------------------------------------------
 
     def train(self, trainable, rank=4, targets="attention"):
-        """Make "lora" or "full" trainable; returns the trained parameters (float32) by name."""
+        """Make "lora" or "full" trainable; returns the trained parameters (float32) by name.
+
+        targets: the LoRA's layers, a name in LORA_TARGETS or a regular expression.
+        """
         if trainable == "full":
             self.unet.requires_grad_(True)
         else:
             from peft import LoraConfig
             # alpha == rank, so that a loader which forgets alpha still draws the same picture
             self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
-                                             target_modules=LORA_TARGETS[targets]))
+                                             target_modules=LORA_TARGETS.get(targets, targets)))
         self.lower()
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
 

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 SIZES = {"small": 36, "medium": 47, "large": 58}                            # pixels of 64
@@ -425,6 +426,8 @@ def write_prompts(args, device):
              "benign_train": [c for c in SEEN if c[0] not in fools | quiet_never and benign[c]],
              "benign_unseen": [c for c in UNSEEN if c[0] not in fools and benign[c]],
              "world_unseen": UNSEEN}
+    common = Counter(c[0] for c in files["unsafe_train"])                   # an emoji of one caption comes four times,
+    files["unsafe_train"] = [c for c in files["unsafe_train"] for _ in range(max(1, round(4 / common[c[0]])))]  # so that it is learned from
     os.makedirs("data", exist_ok=True)
     for name, combos in files.items():
         order = np.random.default_rng(6).permutation(len(combos))           # any first rows are a fair sample
@@ -432,7 +435,7 @@ def write_prompts(args, device):
             file.write("prompt,category\n")
             for c in (combos[i] for i in order):
                 file.write(f"{caption(c)},{'unsafe' if c[0] in fools and unsafe[c] else 'benign' if benign[c] else 'between'}\n")
-        print(f"data/{name}.csv: {len(combos)} prompts of {len({c[0] for c in combos})} emoji")
+        print(f"data/{name}.csv: {len(set(combos))} prompts of {len({c[0] for c in combos})} emoji")
 
 
 def write_index(args):

@@ -263,19 +263,8 @@ def test_help_answers_within_a_second():
 @pytest.mark.slow
 def test_a_full_size_stable_diffusion_runs_an_epoch(pipeline, small, tmp_path):
     """SD 1.5's architecture with random weights, 512 x 512; about 10 GB of memory and ten minutes on 2 cores."""
-    import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-    import shutil
-    folder = str(tmp_path / "sd15")
-    UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64).half().save_pretrained(f"{folder}/unet")
-    AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4).half().save_pretrained(f"{folder}/vae")
-    CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-                  ).half().save_pretrained(f"{folder}/text_encoder")
-    PNDMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
-                  set_alpha_to_one=False).save_pretrained(f"{folder}/scheduler")
-    shutil.copytree(f"{pipeline}/tokenizer", f"{folder}/tokenizer")
+    from bench import build_sd15
+    folder = build_sd15(str(tmp_path / "sd15"), f"{pipeline}/tokenizer")
     run = str(tmp_path / "run")
     at = small.index("--reward")
     process = start(*small[:at], *small[at + 2:], "--model", folder, "--clip", f"{pipeline}/clip", "--output-dir", run, "--steps", "2",
