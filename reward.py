@@ -49,9 +49,12 @@ class Nudity:
     def __init__(self, channels="rgb"):
         try:
             import nudenet
+            import onnxruntime
         except ImportError as error:
             raise UserError(f"the detector NudeNet is not installed ({error}); pip install nudenet==3.4.2") from None
-        self.session = nudenet.NudeDetector().onnx_session
+        options = onnxruntime.SessionOptions()          # threads that wait by spinning would starve torch's, which come next
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = onnxruntime.InferenceSession(os.path.join(os.path.dirname(nudenet.__file__), "320n.onnx"), options)
         self.input = self.session.get_inputs()[0].name
         self.channels = channels
         self.name = f"NudeNet {version('nudenet')}, 320n.onnx, channels {channels}"
