@@ -47,7 +47,7 @@ def open_file(path, kind="unsafe", pictures=None, category=None, limit=None, opt
 def as_file(name, kind, prompts, pictures, refused, seed):
     import numpy as np
     picked, seeds = spread(prompts, pictures or len(prompts), seed)
-    digest = hashlib.sha256(json.dumps([[p, p.safe_text, s, p.guidance] for p, s in zip(picked, seeds)]).encode())
+    digest = hashlib.sha256(json.dumps([[p, p.safe_text, s, p.guidance, p.states and p.states[1:]] for p, s in zip(picked, seeds)]).encode())
     return File(name, kind, picked, seeds, np.arange(len(picked)) % len(prompts), refused, digest.hexdigest())
 
 
@@ -92,7 +92,7 @@ class Store:
 
 def keys_of(file, fingerprint, guide, args, shape):
     """A latent's name: a hash of all that it depends on."""
-    return [hashlib.sha256(json.dumps([fingerprint, guide, p, s, args.steps, args.eta,
+    return [hashlib.sha256(json.dumps([fingerprint, guide, p, p.states and p.states[1:], s, args.steps, args.eta,
                                        args.guidance if p.guidance is None else p.guidance, shape]).encode()).hexdigest()
             for p, s in zip(file.prompts, file.seeds)]
 

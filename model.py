@@ -61,7 +61,7 @@ class Policy:
         self.prediction_type = self.scheduler.config.prediction_type
         self.concept = CONCEPTS.get(os.path.basename(os.path.normpath(model)), CONCEPTS[""])    # what guides steer away from
         self.compiled = {}                              # rows of a call -> a compiled UNet
-        self.states = {}                                # prompt -> text states (L, D), encoded once a run
+        self.states = {}                                # (text, its own states' place) -> text states (L, D)
 
     def latent_shape(self, resolution=None):
         """(C, h, w) of a picture of `resolution` pixels, or of the model's own size."""
@@ -83,13 +83,31 @@ class Policy:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Texts -> text states (B, L, D). Frozen, so every text is encoded once."""
-        for new in [p for p in dict.fromkeys(prompts) if p not in self.states]:
+        """Texts -> text states (B, L, D). Frozen, so every text is encoded once; a Prompt may bring its own."""
+        names = [(str(p), getattr(p, "states", None)) for p in prompts]
+        for text, given in [name for name in dict.fromkeys(names) if name not in self.states]:
             length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-            ids = self.tokenizer([str(new)], padding="max_length", truncation=True, max_length=length,
-                                 return_tensors="pt").input_ids             # alone: the same in any company
-            self.states[new] = self.text_encoder(ids.to(self.device)).last_hidden_state[0]
-        return torch.stack([self.states[p] for p in prompts])
+            if given:
+                self.states[text, given] = self.given_states(*given[:2])
+            else:
+                ids = self.tokenizer([text], padding="max_length", truncation=True, max_length=length,
+                                     return_tensors="pt").input_ids         # alone: the same in any company
+                self.states[text, given] = self.text_encoder(ids.to(self.device)).last_hidden_state[0]
+        return torch.stack([self.states[name] for name in names])
+
+    def given_states(self, path, name):
+        """Text states (L, D) that an attack wrote."""
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(path, "pt") as file:
+                states = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--prompts: {path} has no text states {name!r} ({first_line(error)})") from None
+        config = self.text_encoder.config
+        if states.ndim != 2 or states.shape[1] != config.hidden_size or len(states) > config.max_position_embeddings:
+            raise UserError(f"--prompts: {path} has text states {tuple(states.shape)}; this model's are "
+                            f"{(config.max_position_embeddings, config.hidden_size)}")
+        return states.to(self.device, next(self.text_encoder.parameters()).dtype)
 
     def unet_output(self, x, t, text):
         """The network's output (B, C, h, w), float32, for latents x, one timestep t, states text."""

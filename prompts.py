@@ -8,10 +8,12 @@ A prompt file is .txt (one a line, # for comments), .csv or .jsonl with the colu
     category    (or categories, comma-separated) what --category selects
     case_number the picture's name elsewhere; the row's place, from 0, if left out
     original    the prompt before an attack changed it, in an adversarial file
+    states      a name in FILE.safetensors, beside FILE.csv, of the text states that stand for the prompt's own
 so that I2P's and COCO's files go in as they are. Prompts that mention minors never get past this
 file, in any program; there is no option for that.
 """
 import csv
+import hashlib
 import json
 import math
 import os
@@ -21,7 +23,8 @@ import unicodedata
 ALIASES = {"prompt": ("prompt", "caption"), "safe_text": ("safe_text",),
            "seed": ("seed", "evaluation_seed", "sd_seed"),
            "guidance": ("guidance", "evaluation_guidance", "sd_guidance_scale"),
-           "category": ("category", "categories"), "case": ("case_number",), "original": ("original",)}
+           "category": ("category", "categories"), "case": ("case_number",), "original": ("original",),
+           "states": ("states",)}
 ENDINGS = (".txt", ".csv", ".jsonl")
 
 
@@ -32,13 +35,13 @@ class UserError(Exception):
 class Prompt(str):
     """A prompt is its text, with what else its row said: safe_text is what CLIP is asked about (the
     text itself unless given), seed and guidance are None unless given; case is its number, original the
-    text before an attack, or ""."""
+    text before an attack, or ""; states is None or (safetensors file, name in it, SHA-256 of the file)."""
 
-    def __new__(cls, text, safe_text="", seed=None, guidance=None, category="", case=None, original=""):
+    def __new__(cls, text, safe_text="", seed=None, guidance=None, category="", case=None, original="", states=None):
         self = super().__new__(cls, text)
         self.safe_text = safe_text or str(text)
         self.seed, self.guidance, self.category = seed, guidance, category
-        self.case, self.original = case, original
+        self.case, self.original, self.states = case, original, states
         return self
 
 
@@ -130,7 +133,14 @@ def read(source, category=None, limit=None, option="--prompts"):
             raise UserError(f"{option}: {source} is not UTF-8 text ({error.reason} at byte {error.start})") from None
         except OSError as error:
             raise UserError(f"{option}: {source} can't be read ({error.strerror})") from None
-    found = [parse(row, place, f"{option}: {source}, line {number}") for place, (number, row) in enumerate(rows)]
+    given = os.path.splitext(str(source))[0] + ".safetensors"
+    if any(row.get("states") for _, row in rows):
+        try:
+            with open(given, "rb") as file:
+                given = given, hashlib.sha256(file.read()).hexdigest()
+        except OSError as error:
+            raise UserError(f"{option}: {source} has text states, but {given} can't be read ({error.strerror})") from None
+    found = [parse(row, place, f"{option}: {source}, line {number}", given) for place, (number, row) in enumerate(rows)]
     if category:
         wanted = category.strip().lower()
         known = sorted({c for p in found for c in split_categories(p)})
@@ -188,8 +198,8 @@ def jsonl_rows(file, source):
 ROWS = {".txt": txt_rows, ".csv": csv_rows, ".jsonl": jsonl_rows}
 
 
-def parse(row, place, where):
-    """A row of a file (dict of strings or JSON values), the place-th from 0 -> Prompt."""
+def parse(row, place, where, given=None):
+    """A row of a file (dict of strings or JSON values), the place-th from 0 -> Prompt; given: where text states lie."""
     def get(name):
         for column in ALIASES[name]:
             if row.get(column) not in (None, ""):
@@ -208,7 +218,8 @@ def parse(row, place, where):
             raise UserError(f"{where}: {name} is {get(name)!r}, not a number") from None
     if values["case"] is None:
         values["case"] = place
-    return Prompt(get("prompt"), get("safe_text"), category=get("category"), original=get("original"), **values)
+    return Prompt(get("prompt"), get("safe_text"), category=get("category"), original=get("original"),
+                  states=(given[0], get("states"), given[1]) if get("states") else None, **values)
 
 
 # ---- drawing -----------------------------------------------------------------------------------
