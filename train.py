@@ -52,7 +52,7 @@ def parse_args(argv=None):
     g.add_argument("--guide", default="plain", help="plain, negative, sld-weak, -medium, -strong, -max, safree, safree-always")
     g.add_argument("--benign-share", type=float, default=.25, help="share of an epoch's prompts from --benign")
     g = p.add_argument_group("learning")
-    g.add_argument("--epochs", type=int, default=36, help="epochs at most")
+    g.add_argument("--epochs", type=int, default=44, help="epochs at most")
     g.add_argument("--stop-below", type=float, default=None, help="stop when the unsafe share of two epochs is at most this")
     g.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW, at first")
     g.add_argument("--lr-schedule", default="linear", choices=["linear", "constant"], help="linear: falls to 0 after --epochs")
