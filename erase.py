@@ -21,6 +21,8 @@ from checkpoint import check_folder, load_checkpoint, save_checkpoint, write, wr
 from prompts import UserError, draw, read
 from sample import add_common_options, check_common, choose_device, draw_noise, generate, pixelate, run, spread
 
+MOSAIC = 4                              # of the tiny world's 8 x 8 mosaics 29 % trip the detector after the VAE, of 4 x 4 ones 2 %
+
 # What a method's step works with. Weights {name: tensor} of what is trained: trained now, start before training, teacher's
 # average or None; pictures: what the method prepared
 Job = namedtuple("Job", "policy trained start teacher schedule pictures args")
@@ -32,7 +34,8 @@ def esd_loss(e_c, base_c, base_empty, eta):
     """ESD (arXiv 2303.07345, section 4): the squared error of e_theta(x_t, c) to e(x_t, "") - eta (e(x_t, c) - e(x_t, "")).
 
     base_ are the frozen model's. The target's coefficients sum to 1, so that it is the same whether the outputs are epsilon
-    or v (the tiny world's): v is linear in epsilon at a given x_t. At eta 0 the prompt is erased, above it is negated.
+    or v (the tiny world's): v is linear in epsilon at a given x_t. Only a step's weight differs: v's error is epsilon's / a_t, so that
+    the noisiest steps count most. At eta 0 the prompt is erased, above it is negated.
     """
     return ((e_c - (base_empty - eta * (base_c - base_empty))) ** 2).mean()
 
@@ -61,17 +64,18 @@ def esd(job, texts, rng):
     """x_t comes from the model being trained; one random step a batch."""
     x, t = on_the_way(job, texts, rng)
     e, c, empty = job.policy.unet_output, *states(job.policy, texts)
-    with without_gradient(), wearing(job.trained, job.start):
+    with wearing(job.trained, job.start):
         base_c, base_empty = e(x, t, c), e(x, t, empty)
     return esd_loss(e(x, t, c), base_c, base_empty, job.args.negative_guidance)
 
 
 def sdd(job, texts, rng):
     """z_t comes from the teacher, the average of the students. The authors guide it by all concepts in one prompt, we by the batch's."""
+    import torch
     with wearing(job.trained, job.teacher):
         x, t = on_the_way(job, texts, rng)
     e, c, empty = job.policy.unet_output, *states(job.policy, texts)
-    with without_gradient():
+    with torch.no_grad():
         e_empty = e(x, t, empty)
     return sdd_loss(e(x, t, c), e_empty)
 
@@ -89,7 +93,8 @@ def safegen(job, texts, rng):
     first, last = slice(size), slice(size, None)
     z_n, z_m, z_b = noised(nude[i], first), noised(mosaic[i], first), noised(benign[j], last)
     output = policy.unet_output(torch.cat([z_n, z_b]), t, policy.encode([""] * (2 * size)))
-    targets = [as_output(eps, z, a[part], policy.prediction_type) for eps, z, part in ((z_n - z_m + e[first], z_n, first), (e[last], z_b, last))]
+    targets = [as_output(eps, z, a[part], policy.prediction_type)
+               for eps, z, part in ((z_n - z_m + e[first], z_n, first), (e[last], z_b, last))]
     return safegen_loss(output[first], targets[0], output[last], targets[1], job.args.mosaic_weight)
 
 
@@ -111,19 +116,16 @@ def states(policy, texts):
     return policy.encode(texts), policy.encode([""] * len(texts))
 
 
-def without_gradient():
-    import torch
-    return torch.no_grad()
-
-
 @contextmanager
 def wearing(trained, weights):
-    """Within it the trained parameters are these: the frozen model's, the teacher's. No second UNet is held."""
+    """Within it the trained parameters are these and nothing has a gradient: the frozen model's, the teacher's, without a second UNet."""
+    import torch
     own = {name: p.data for name, p in trained.items()}
     try:
-        for name, p in trained.items():
-            p.data = weights[name]
-        yield
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.data = weights[name]
+            yield
     finally:
         for name, p in trained.items():
             p.data = own[name]
@@ -131,14 +133,14 @@ def wearing(trained, weights):
 
 # ---- SafeGen's pictures -------------------------------------------------------------------------------------------
 
-def triples(policy, prompts, benign, args):
+def triples(policy, prompts, benign, labels, args):
     """Latents (nude, mosaic, benign) of the model's own pictures, in memory alone: those of --prompts that trip the detector, the
-    same as 8 x 8 squares, and those of --benign that do not. The authors have real pictures and a learned mosaic of parts."""
+    same as MOSAIC x MOSAIC squares, and those of --benign that do not. The authors have real pictures and a learned mosaic of parts."""
     from guide import plain
-    from reward import LABELS, THRESHOLD, Nudity, parse_labels
+    from reward import LABELS, THRESHOLD, Nudity
     if not benign:
         raise UserError(f"--benign: {args.method} needs prompts of what has to stay; give a file or a text")
-    columns, nudity = [LABELS.index(label) for label in parse_labels(args.unsafe_labels)], Nudity()
+    columns, nudity = [LABELS.index(label) for label in labels], Nudity()
     kept = []
     for source, trips in ((prompts, True), (benign, False)):
         picked, seeds = spread(source, args.pictures, args.seed)
@@ -148,7 +150,8 @@ def triples(policy, prompts, benign, args):
         raise UserError(f"--pictures: of {args.pictures} pictures each, {len(kept[0])} of --prompts trip the detector and {len(kept[1])} of "
                         f"--benign do not; {args.method} needs some of both")
     print(f"triples        {len(kept[0])} nude pictures and their mosaics, {len(kept[1])} benign ones", flush=True)
-    return [to_latents(policy, pictures) for pictures in (kept[0], pixelate(kept[0], [True] * len(kept[0])), kept[1])]
+    nude, benign = kept
+    return [to_latents(policy, pictures) for pictures in (nude, pixelate(nude, [True] * len(nude), MOSAIC), benign)]
 
 
 def to_latents(policy, pictures):
@@ -163,36 +166,36 @@ def to_latents(policy, pictures):
 
 # ---- the table ----------------------------------------------------------------------------------------------------
 
-# weights: the names of what learns begin like this; prepare(policy, prompts, benign, args): made once; teacher: whether an average
-# is kept, and saved in the end as SDD does; defaults: found on the tiny world, where --lr is of weights, or of a LoRA
+# weights: the names of what learns begin like this; prepare(policy, prompts, benign, labels, args): made once; teacher: whether an average
+# is kept, and saved in the end as SDD does; defaults: of a few tried on the tiny world's weights; those of a LoRA are untried
 Method = namedtuple("Method", "step weights prepare teacher defaults")
 METHODS = {
-    "esd-x": Method(esd, r".*attn2", None, False, dict(iterations=200, weights_lr=1e-4, lora_lr=1e-3)),
-    "esd-u": Method(esd, r"(?!.*attn2)", None, False, dict(iterations=200, weights_lr=1e-5, lora_lr=1e-3)),
-    "sdd": Method(sdd, r".*attn2", None, True, dict(iterations=200, weights_lr=1e-4, lora_lr=1e-3, warm_up=50)),
-    "safegen": Method(safegen, r".*attn1", triples, False, dict(iterations=200, weights_lr=1e-4, lora_lr=1e-3)),
+    "esd-x": Method(esd, r".*attn2", None, False, dict(iterations=150, weights_lr=1e-4, lora_lr=1e-3)),
+    "esd-u": Method(esd, r"(?!.*attn2)", None, False, dict(iterations=150, weights_lr=1e-5, lora_lr=1e-3)),
+    "sdd": Method(sdd, r".*attn2", None, True, dict(iterations=150, weights_lr=1e-4, lora_lr=1e-3, warm_up=50)),
+    "safegen": Method(safegen, r".*attn1", triples, False, dict(iterations=300, weights_lr=1e-3, lora_lr=1e-3)),
 }
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Erase a concept from a text-to-image model's weights by ESD, SDD or SafeGen.")
     g = p.add_argument_group("what is trained, on what")
-    g.add_argument("method", choices=list(METHODS), help="esd-x: cross-attention learns; esd-u: all else; sdd: cross-attention; safegen: self-attention")
+    g.add_argument("method", choices=list(METHODS), help="learn cross-attention (esd-x, sdd), all else (esd-u), self-attention (safegen)")
     g.add_argument("--model", default="tiny", help="folder or hub id in Stable Diffusion 1.x's format")
     g.add_argument("--prompts", default="data/unsafe_train.csv", help="file or text: what has to be erased")
-    g.add_argument("--benign", default=None, help="file or text: what has to stay (safegen alone); data/benign_train.csv beside the default prompts")
+    g.add_argument("--benign", default=None, help="safegen: what has to stay; data/benign_train.csv beside the default prompts")
     g.add_argument("--category", default=None, help="only --prompts of this category (I2P: sexual)")
-    g.add_argument("--trainable", default="weights", choices=["weights", "lora"], help="the method's weights themselves, or a LoRA on their layers")
+    g.add_argument("--trainable", default="weights", choices=["weights", "lora"], help="the weights themselves, or a LoRA on their layers")
     g.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
     g = p.add_argument_group("learning")
-    lrs = ", ".join(f"{m.defaults['weights_lr']:g} or {m.defaults['lora_lr']:g} for {name}" for name, m in METHODS.items())
-    g.add_argument("--iterations", type=int, default=None, help="updates; " + ", ".join(f"{m.defaults['iterations']} for {n}" for n, m in METHODS.items()))
-    g.add_argument("--lr", type=float, default=None, help=f"learning rate of weights or a LoRA; {lrs}; the papers: 1e-5")
+    own = lambda name: ", ".join(f"{m.defaults[name]:g} for {method}" for method, m in METHODS.items())
+    g.add_argument("--iterations", type=int, default=None, help=f"updates; {own('iterations')}")
+    g.add_argument("--lr", type=float, default=None, help=f"learning rate; {own('weights_lr')}; of a LoRA 1e-3; the papers: 1e-5")
     g.add_argument("--warm-up", type=int, default=None, help="iterations over which the rate rises; 50 for sdd, else 0; SDD: 500 of 1500")
     g.add_argument("--batch-size", type=int, default=16, help="prompts (safegen: triples) an iteration")
     g.add_argument("--negative-guidance", type=float, default=1., help="ESD's eta: how far beyond the empty prompt; 0 stops there")
     g.add_argument("--start-guidance", type=float, default=3., help="guidance on the way to x_t (ESD, SDD)")
-    g.add_argument("--ema", type=float, default=.999, help="decay of SDD's teacher, which is what is saved")
+    g.add_argument("--ema", type=float, default=.95, help="decay of SDD's teacher, which is what is saved; the paper: .999, over 1500 iterations")
     g.add_argument("--mosaic-weight", type=float, default=.1, help="SafeGen's weight of the mosaics; benign pictures have the rest of 1")
     g.add_argument("--pictures", type=int, default=256, help="SafeGen's pictures of each prompt file")
     g = p.add_argument_group("output")
@@ -212,9 +215,9 @@ def check(args):
         if getattr(args, option) is None:
             setattr(args, option, default)
     check_common(args)
-    for option, least in (("iterations", 1), ("rank", 1), ("pictures", 1), ("save_every", 1), ("warm_up", 0), ("negative_guidance", 0)):
-        if getattr(args, option) < least:
-            raise UserError(f"--{option.replace('_', '-')}: {getattr(args, option):g} is given; at least {least} is needed")
+    for option, least in (("iterations", 1), ("rank", 1), ("pictures", 1), ("save-every", 1), ("warm-up", 0), ("negative-guidance", 0)):
+        if getattr(args, option.replace("-", "_")) < least:
+            raise UserError(f"--{option}: {getattr(args, option.replace('-', '_')):g} is given; at least {least} is needed")
     if args.lr <= 0:
         raise UserError(f"--lr: {args.lr:g} is given; it must be above 0")
     if not 0 <= args.ema < 1 or not 0 <= args.mosaic_weight <= 1:
@@ -233,9 +236,8 @@ def choose_weights(policy, pattern, args):
 
 
 def model_card(args, rows):
-    pipe = f'pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None'
-    how = (f'{pipe})\npipe.load_lora_weights("{args.output_dir}")' if args.trainable == "lora" else
-           f'unet = UNet2DConditionModel.from_pretrained("{args.output_dir}", subfolder="unet")\n{pipe}, unet=unet)')
+    load = {"lora": f'pipe.load_lora_weights("{args.output_dir}")',
+            "weights": f'pipe.unet = UNet2DConditionModel.from_pretrained("{args.output_dir}", subfolder="unet")'}[args.trainable]
     return f"""---
 base_model: {args.model}
 library_name: diffusers
@@ -247,7 +249,8 @@ tags: [text-to-image, {args.trainable}, {args.method}, safety]
 `{args.model}` with a concept erased by {args.method}: {METHODS[args.method].step.__name__}_loss in erase.py names its paper.
 
 ```python
-{how}
+pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None)
+{load}
 ```
 
 Last iterations: `{json.dumps(rows[-1])}`
@@ -264,11 +267,13 @@ def main(args):
     prompts, refused = read(args.prompts, args.category)
     benign, more = read(args.benign, option="--benign") if args.benign and method.prepare else ([], 0)
     device, dtype, why = choose_device(args.device, args.dtype, learning=True)
-    settings = check_folder(args)
     import numpy as np
     import torch
     from tqdm import tqdm
     from model import DTYPES, Policy
+    from reward import parse_labels
+    labels = parse_labels(args.unsafe_labels)
+    settings = check_folder(args)
 
     torch.manual_seed(args.seed)
     policy = Policy(args.model, None, device, DTYPES[dtype], trainable=True)
@@ -281,7 +286,7 @@ def main(args):
           f"device         {device}, {dtype}: {why}\n"
           f"prompts        {len(prompts)} to erase, {len(benign)} benign; {refused + more} refused for mentioning minors\n"
           f"learning       {args.iterations} updates of {args.batch_size} at a rate of {args.lr:g}", flush=True)
-    pictures = method.prepare and method.prepare(policy, prompts, benign, args)     # by the base: nothing is learned yet
+    pictures = method.prepare and method.prepare(policy, prompts, benign, labels, args)     # by the base: nothing is learned yet
     job = Job(policy, trained, copy(), copy() if method.teacher else None, policy.schedule(args.steps, args.eta), pictures, args)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.)
 
@@ -296,7 +301,8 @@ def main(args):
         write_metrics(args.output_dir, rows)            # forget what came after the checkpoint
         print(f"going on after iteration {state['epoch']}", flush=True)
 
-    bar = tqdm(range(state["epoch"] if state else 0, args.iterations), initial=state["epoch"] if state else 0, total=args.iterations, desc=args.method)
+    done = state["epoch"] if state else 0
+    bar = tqdm(range(done, args.iterations), initial=done, total=args.iterations, desc=args.method)
     for i in bar:
         rng = np.random.default_rng([args.seed, i])     # an iteration's randomness is its number's, so that a resumed run is the same
         for group in optimizer.param_groups:

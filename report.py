@@ -183,7 +183,9 @@ def reward_curves(rows):
         path = os.path.join(row.about.get("checkpoint") or "", "metrics.jsonl")
         if row.about.get("checkpoint") and os.path.isfile(path):
             with open(path) as file:
-                curves[row.name] = [json.loads(line) for line in file]
+                epochs = [json.loads(line) for line in file]
+            if epochs and "reward" in epochs[0]:        # erase.py's runs have a loss alone
+                curves[row.name] = epochs
 
     def draw(axes):
         for name, epochs in curves.items():
