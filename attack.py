@@ -12,7 +12,7 @@ import argparse
 import csv
 import os
 
-from prompts import UserError, mentions_minor, read
+from prompts import Prompt, UserError, mentions_minor, read
 from sample import add_common_options, base_of, check_common, choose_device, make_folder, rollouts, run, spread
 
 
@@ -56,7 +56,7 @@ def search(policy, targets, legal, args, tick=lambda best: None):
     """The genetic search, for all N prompts at once: token ids (N, P, K) and distances (N, P), best first.
 
     The better half lives on as it is, so that the best never worsens; the other half is made of it, by one-point
-    crossover in half of the cases and one changed token in a quarter.
+    crossover in half of the cases and one changed token in a quarter, and wherever nothing was crossed.
     """
     import torch
     rng = torch.Generator().manual_seed(args.seed)
@@ -71,9 +71,11 @@ def search(policy, targets, legal, args, tick=lambda best: None):
         tokens, score = tokens.gather(1, order[..., None].expand_as(tokens)), score.gather(1, order)
         tick(score[:, 0].mean().item())
         parents = [tokens.gather(1, draw(half, many, size - half)[..., None].expand(-1, -1, length)) for _ in range(2)]
-        cut = draw(length, many, size - half, 1).where(chance(.5, many, size - half, 1), torch.tensor(length, device=policy.device))
+        crossed = chance(.5, many, size - half, 1)
+        cut = draw(length, many, size - half, 1).where(crossed, torch.tensor(length, device=policy.device))
         children = torch.where(torch.arange(length, device=policy.device) < cut, *parents)
-        change = (torch.arange(length, device=policy.device) == draw(length, many, size - half, 1)) & chance(.25, many, size - half, 1)
+        mutated = chance(.25, many, size - half, 1) | ~crossed                  # neither would be a copy, and its score known
+        change = (torch.arange(length, device=policy.device) == draw(length, many, size - half, 1)) & mutated
         children = torch.where(change, legal[draw(len(legal), *children.shape)], children)
         tokens = torch.cat([tokens[:, :half], children], 1)
         score = torch.cat([score[:, :half], distances(policy, children, targets)], 1)
@@ -85,7 +87,7 @@ def first_allowed(policy, candidates, original):
     """The best candidate (best first, (P, K)) whose text is read back as its tokens and mentions no minor, or None."""
     for tokens in candidates.tolist():
         text = policy.tokenizer.decode(tokens).strip()
-        if policy.tokenizer(text).input_ids[1:-1] == tokens and not mentions_minor(f"{text} | {original}", original.category):
+        if policy.tokenizer(text).input_ids[1:-1] == tokens and not mentions_minor(f"{text} | {original.safe_text} | {original}", original.category):
             return text
 
 
@@ -195,12 +197,14 @@ def read_pairs(path):
     try:
         with open(path, newline="") as file:
             pairs = [(row["unsafe"], row["safe"]) for row in csv.DictReader(file)]
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"--pairs: {path} is no CSV with the columns unsafe and safe ({error})") from None
-    pairs = [pair for pair in pairs if all(pair) and not mentions_minor(" | ".join(pair), "sexual")]
-    if not pairs:
+    kept = [pair for pair in pairs if all(pair) and not mentions_minor(" | ".join(pair), "sexual")]
+    if len(kept) < len(pairs):
+        print(f"refused {len(pairs) - len(kept)} pairs that are incomplete or mention minors")
+    if not kept:
         raise UserError(f"--pairs: {path} has no usable pair")
-    return pairs
+    return kept
 
 
 def save(path, found):
@@ -208,13 +212,16 @@ def save(path, found):
     try:
         with open(path + ".tmp", "w", newline="") as file:
             write = csv.writer(file).writerow
-            write(["case_number", "prompt", "original", "safe_text", "category", "seed"] + ["states"] * (found[0][2] is not None))
+            write(["case_number", "prompt", "original", "safe_text", "category", "seed", "guidance"] + ["states"] * (found[0][2] is not None))
             for i, (text, original, states) in enumerate(found):
-                write([i, text, str(original), original.safe_text, original.category, original.seed if original.seed is not None else ""]
+                write([i, text, str(original), original.safe_text, original.category, original.seed,
+                       original.guidance]
                       + [str(i)] * (states is not None))
         if found[0][2] is not None:
             from safetensors.torch import save_file
-            save_file({str(i): states.contiguous().cpu() for i, (_, _, states) in enumerate(found)}, os.path.splitext(path)[0] + ".safetensors")
+            beside = os.path.splitext(path)[0] + ".safetensors"
+            save_file({str(i): states.contiguous().cpu() for i, (_, _, states) in enumerate(found)}, beside)
+            os.chmod(beside, 0o644)
         os.replace(path + ".tmp", path)
     except OSError as error:
         raise UserError(f"--output: {path} can't be written ({error.strerror})") from None
@@ -231,8 +238,8 @@ def parse_args(argv=None):
     p.add_argument("--tokens", type=int, default=None, help="tokens that are free; 16 for ring-a-bell, 5 for soft-prompt")
     p.add_argument("--pairs", default="data/concept_pairs.csv", help="CSV with the columns unsafe and safe: the concept is their difference")
     p.add_argument("--strength", type=float, default=3., help="Ring-A-Bell's eta: how much of the concept is added")
-    p.add_argument("--population", type=int, default=200, help="candidates a prompt")
-    p.add_argument("--generations", type=int, default=60, help="of the genetic search; the authors' 3000 for Stable Diffusion")
+    p.add_argument("--population", type=int, default=50, help="candidates a prompt; the authors' 200 for Stable Diffusion")
+    p.add_argument("--generations", type=int, default=120, help="of the genetic search; the authors' 3000 for Stable Diffusion")
     p.add_argument("--iterations", type=int, default=150, help="of the soft prompt; the authors: 40 at each of 50 timesteps")
     p.add_argument("--lr", type=float, default=.01, help="learning rate of the soft prompt (Adam)")
     p.add_argument("--tries", type=int, default=3, help="pictures of the base a prompt, of which the most nude is the soft prompt's aim")
@@ -262,7 +269,9 @@ def main(args):
     most = min(policy.tokenizer.model_max_length, policy.text_encoder.config.max_position_embeddings) - 3
     if args.tokens > most:
         raise UserError(f"--tokens: {args.tokens} is given; this model's texts leave room for {most}")
-    found = ATTACKS[args.attack](policy, spread(prompts, args.count, args.seed)[0], args)
+    picked, seeds = spread(prompts, args.count, 1_000_000 + args.seed)       # a seed a row, or one picture would count many times
+    picked = [Prompt(p, p.safe_text, seed, p.guidance, p.category, p.case, states=p.states) for p, seed in zip(picked, seeds)]
+    found = ATTACKS[args.attack](policy, picked, args)
     if not found:
         raise UserError(f"--prompts: {args.prompts} gave no adversarial prompt that may be written")
     save(args.output, found)

@@ -92,7 +92,7 @@ class Store:
 
 def keys_of(file, fingerprint, guide, args, shape):
     """A latent's name: a hash of all that it depends on."""
-    return [hashlib.sha256(json.dumps([fingerprint, guide, p, p.states and p.states[1:], s, args.steps, args.eta,
+    return [hashlib.sha256(json.dumps([fingerprint, guide, [p, *p.states[1:]] if p.states else p, s, args.steps, args.eta,
                                        args.guidance if p.guidance is None else p.guidance, shape]).encode()).hexdigest()
             for p, s in zip(file.prompts, file.seeds)]
 

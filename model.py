@@ -103,10 +103,9 @@ class Policy:
                 states = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"--prompts: {path} has no text states {name!r} ({first_line(error)})") from None
-        config = self.text_encoder.config
-        if states.ndim != 2 or states.shape[1] != config.hidden_size or len(states) > config.max_position_embeddings:
-            raise UserError(f"--prompts: {path} has text states {tuple(states.shape)}; this model's are "
-                            f"{(config.max_position_embeddings, config.hidden_size)}")
+        wanted = self.encode([""])[0].shape
+        if states.shape != wanted:
+            raise UserError(f"--prompts: {path} has text states {tuple(states.shape)}; this model's are {tuple(wanted)}")
         return states.to(self.device, next(self.text_encoder.parameters()).dtype)
 
     def unet_output(self, x, t, text):

@@ -62,6 +62,7 @@ def test_what_is_written_is_read_back_as_the_tokens_that_were_found(policy, args
         tokens = policy.tokenizer(row["prompt"]).input_ids[1:-1]
         assert len(tokens) == 4 and set(tokens) <= legal
     prompts, refused = read(args.output)
+    assert len({p.seed for p in prompts}) == 3
     assert not refused and prompts[0].original == prompts[0].safe_text == read(args.prompts)[0][0] and prompts[0].states is None
 
 
