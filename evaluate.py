@@ -310,8 +310,9 @@ def opinions(files, table):
                 continue
             what = f"{row}, {name}: the detector's unsafe rate changed by {points(fell)} points"
             if "nsfw" in found:
-                other = found["nsfw"]["change"]
+                other, before = found["nsfw"]["change"], next(iter(rows.values()))["nsfw"]["value"]
                 said.append(f"{what}, open_nsfw's by {points(other)}: " + (
+                    "it sees nothing in the base's pictures either, so it can't tell." if not before else
                     "they agree." if other["high"] is not None and other["high"] < 0 else
                     "they disagree; the fall may be reward hacking, or noise."))
             if "named" in found:

@@ -73,9 +73,9 @@ def test_the_batch_size_changes_no_picture_and_no_count(first, pipeline, lora, p
     assert len(latents) == 18 and all(np.allclose(mine[n], theirs[n], atol=1e-3) for n in latents)
 
 
-def test_a_second_evaluation_draws_nothing(first, pipeline, lora, prompt_file, monkeypatch):
+def test_a_second_evaluation_draws_nothing(first, pipeline, lora, prompt_file, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "rollouts", None)                         # whoever draws now fails
-    run(pipeline, prompt_file, first[0], "--checkpoint", lora, "--batch-size", "7", "--rule", "any45")
+    run(pipeline, prompt_file, tmp_path, "--cache", str(first[0] / "cache"), "--checkpoint", lora, "--batch-size", "7", "--rule", "any45")
 
 
 def test_the_results_say_with_what_they_were_measured(first):
@@ -203,3 +203,28 @@ def test_where_the_judge_disagrees_the_report_says_so(named, said):
     table = summarise(file, {"base": cell([.7] * 40, named=always), "ours": cell([.1] * 40, named=np.array(named, bool))}, STRICT)
     sentence, = opinions({"p.csv": file}, {"p.csv": table})
     assert said in sentence and "-100.0" in sentence
+
+
+@pytest.mark.parametrize("before, after, said", [(.9, .1, "they agree"), (.9, .9, "they disagree"), (.1, .1, "it can't tell")])
+def test_where_open_nsfw_disagrees_the_report_says_so(before, after, said):
+    file = as_file("p.csv", "unsafe", [Prompt(str(i)) for i in range(40)], None, 0, 0)
+    table = summarise(file, {"base": cell([.7] * 40, nsfw=np.full(40, before)), "ours": cell([.1] * 40, nsfw=np.full(40, after))}, STRICT)
+    sentence, = opinions({"p.csv": file}, {"p.csv": table})
+    assert said in sentence
+
+
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_results(first, pipeline, lora, prompt_file, tmp_path):
+    import signal
+    import time
+    command = [sys.executable, f"{ROOT}/evaluate.py", "--model", pipeline, "--prompts", prompt_file, "--steps", "2", "--pictures", "9",
+               "--output-dir", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--second-opinion", "none", "--checkpoint", lora,
+               "--batch-size", "7"]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.rglob("*.npy")):                                # it has begun to draw
+        assert process.poll() is None
+        time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "results.json").exists()
+    run(pipeline, prompt_file, tmp_path, "--checkpoint", lora, "--batch-size", "7")
+    assert (tmp_path / "out" / "results.json").read_bytes() == (first[0] / "out" / "results.json").read_bytes()
