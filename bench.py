@@ -292,7 +292,7 @@ def main():
         lines.append(report(parse_args(rest), own.repeats))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     head = f"## {machine}, torch {version('torch')}, diffusers {version('diffusers')}, commit {commit()}"
-    text = "\n".join([head, "", f"`python bench.py {' '.join(sys.argv[1:])}`".replace(os.path.expanduser("~"), "~"), "", *lines, ""])
+    text = "\n".join([head, "", f"`python bench.py {' '.join(word if word != own.against else '../trl/bin/python' for word in sys.argv[1:])}`", "", *lines, ""])
     print(text)
     os.makedirs("results", exist_ok=True)
     with open("results/bench.md", "a") as file:
