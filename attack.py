@@ -94,7 +94,6 @@ def first_allowed(policy, candidates, original):
 def ring_a_bell(policy, prompts, args):
     """Texts whose states are near E(prompt) + strength v; the base's text encoder alone is asked, no defended model."""
     from tqdm import tqdm
-    import torch
     targets = (policy.encode(prompts) + args.strength * concept_vector(policy, read_pairs(args.pairs))).float()
     with tqdm(total=args.generations, desc="generations") as bar:
         def tick(best):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from evaluate import Store, as_file, before_attack, folder_row, opinions, summarise, unsafe_by
+from evaluate import as_file, before_attack, folder_row, opinions, summarise, unsafe_by
 from prompts import Prompt, UserError
 from reward import LABELS, STRICT
 

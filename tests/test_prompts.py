@@ -1,5 +1,4 @@
 """prompts.py: files of the field, errors that name the line, and refusal."""
-import numpy as np
 import pytest
 
 from prompts import UserError, draw, mentions_minor, read
