@@ -39,7 +39,7 @@ class Epoch:
         from prompts import draw, read
         from reward import ClipScore, Nudity, parse_labels, shield_reward
         from sample import choose_device
-        from train import check, rows_that_fit
+        from train import check, choose_keep, rows_that_fit
         check(args)
         self.args, (self.device, self.dtype, _) = args, choose_device(args.device, args.dtype, learning=True)
         torch.manual_seed(0)
@@ -50,6 +50,7 @@ class Epoch:
             self.policy.unet.enable_gradient_checkpointing()
         self.guide, self.schedule = choose_guide(args.guide), self.policy.schedule(args.steps, args.eta)
         args.train_batch_size = args.train_batch_size or rows_that_fit(self.policy, self.guide, self.schedule, args)
+        args.keep = choose_keep(self.policy, args)
         self.halves = 1 if args.guidance == 1 else 2
         if args.compile:
             began = time.time()
@@ -74,19 +75,22 @@ class Epoch:
         import numpy as np
         import torch
         from ddpo import advantages
+        from onpolicy import KEEPERS
         from sample import rollouts
-        from train import Drawn, learn, sample_epoch
-        began = self.wait()
+        from train import Drawn, choose_steps, learn, sample_epoch
+        rng = np.random.default_rng(0)
+        began, steps = self.wait(), choose_steps(self.args, rng)
+        keeps = [KEEPERS[self.args.keep](self.policy.unet, some) for some in steps if self.args.keep != "nothing"]
         batches = list(rollouts(self.policy, self.guide, self.asked, range(len(self.asked)), self.schedule, self.args.guidance,
-                                self.args.batch_size, self.args.resolution))
+                                self.args.batch_size, self.args.resolution, keeps=keeps))
         sampled = self.wait()
         pictures = torch.cat([self.policy.decode(latents[:, -1]).cpu() for _, _, latents, _ in batches]).numpy()
         scores = self.reward_fn(pictures, self.asked)
         scored = self.wait()
         latents, log_probs = (torch.cat([batch[i] for batch in batches]) for i in (2, 3))
         advantage = advantages(torch.as_tensor(scores["reward"]), self.asked, None, self.args.advantage_scale)
-        learn(self.policy, self.guide, self.trained, self.optimizer, Drawn(self.asked, advantage, self.quiet, np.arange(len(self.asked)),
-              latents, log_probs, None), self.schedule, 1, np.random.default_rng(0), self.args)
+        learn(self.policy, self.guide, self.trained, self.optimizer, Drawn(self.asked, advantage, self.quiet, steps,
+              np.arange(len(self.asked)), latents, log_probs, None, keeps), self.schedule, 1, rng, self.args)
         told = {"sample": sampled - began, "score": scored - sampled, "update": self.wait() - scored}
         if self.device.startswith("cuda"):
             began = self.wait()
@@ -98,7 +102,7 @@ class Epoch:
         """The UNet's FLOPs of an epoch, counted on calls of two rows: {"sample", "update"}."""
         import torch
         from torch.utils.flop_counter import FlopCounterMode
-        from train import decisions
+        from train import choose_steps, decisions
         import numpy as np
         x = torch.zeros(2, *self.policy.latent_shape(self.args.resolution), device=self.device)
         predict = self.guide(self.policy, ["a", "a"], self.args.guidance)
@@ -113,10 +117,16 @@ class Epoch:
         both = per_picture(lambda: predict(x, self.schedule.t[0]).sum().backward())
         self.policy.unet.zero_grad()
         self.policy.compiled = compiled
-        learned, pulled = decisions(range(len(self.asked) // self.args.batch_size), self.quiet, self.args, np.random.default_rng(0))
-        inner = self.args.inner_epochs
-        return {"sample": forward * len(self.asked) * self.args.steps,
-                "update": inner * (both * (len(learned) + len(pulled)) + forward * len(pulled))}
+        rng, args = np.random.default_rng(0), self.args
+        learned, pulled = decisions(range(len(self.asked) // args.batch_size), choose_steps(args, rng), self.quiet, args, rng)
+        told = {"sample": forward * len(self.asked) * args.steps,
+                "update": args.inner_epochs * (both * (len(learned) + len(pulled)) + forward * len(pulled))}
+        if args.keep != "nothing":                      # no second forward, and with gradients the backward is sampling's
+            told["update"] -= forward * len(learned)
+        if args.keep == "gradients":
+            told["update"] -= (both - forward) * len(learned)
+            told["sample"] += (both - forward) * len(learned)
+        return told
 
 
 def matrix_rate(device, dtype):
@@ -158,10 +168,10 @@ def report(args, repeats):
     score = whole - unet if "sample and score" in seconds else seconds["score"]
     return "\n".join([
         f"{len(epoch.asked)} pictures, {args.steps} steps, guidance {args.guidance:g}, batch {args.batch_size}, {args.train_batch_size} picture-timesteps a "
-        f"learning call, LoRA rank {args.rank} on {args.lora_targets}, {epoch.dtype}; median of {repeats} epochs",
+        f"learning call, LoRA rank {args.rank} on {args.lora_targets}, {epoch.dtype}, --keep {args.keep}; median of {repeats} epochs",
         "", "| stage | seconds | UNet TFLOP | floor, seconds | measured / floor |", "|---|---|---|---|---|",
         *(f"| {stage} | {seconds[stage]:.2f} | {flops[stage] / 1e12:.2f} | {flops[stage] / rate:.2f} | {seconds[stage] * rate / flops[stage]:.2f} |"
-          for stage in ("sample", "update")),
+          for stage in ("sample", "update") if flops[stage]),
         f"| score (decode, CLIP, NudeNet) | {seconds['score']:.2f} | | | |",
         f"| epoch | {whole:.2f} | {sum(flops.values()) / 1e12:.2f} | {floor:.2f} | {whole / floor:.2f} |", "",
         f"{len(epoch.asked) / whole:.2f} pictures a second; scoring takes {score / whole:.0%} of the epoch; matrix rate {rate / 1e12:.2f} TFLOP/s; "

@@ -85,18 +85,23 @@ def step_log_prob(predict, x, x_prev, schedule, k, prediction_type="epsilon"):
     return mean, None if x_prev is None else log_prob(x_prev, mean, sigma)
 
 
-@torch.no_grad()
-def rollout(predict, noise, schedule, prediction_type="epsilon", tick=lambda: None):
+def rollout(predict, noise, schedule, prediction_type="epsilon", tick=lambda: None, keep=None):
     """Denoise, remembering every decision.
 
     noise: (B, T + 1, C, H, W) standard normal, [:, 0] the start, [:, k + 1] the noise of step k.
-    Returns latents (B, T + 1, C, H, W), the last of them the picture's, and log-probs (B, T).
+    keep: None, or one of onpolicy.py, which is given the log-probabilities of its steps with their gradients.
+    Returns latents (B, T + 1, C, H, W), the last of them the picture's, and log-probs (B, T), both without gradients.
     """
     x, latents, log_probs = noise[:, 0], [noise[:, 0]], []
     for k in range(len(schedule.t)):
-        mean, _ = step_log_prob(predict, x, None, schedule, k, prediction_type)
-        x = mean + schedule.sigma[k] * noise[:, k + 1]
-        log_probs.append(log_prob(x, mean, schedule.sigma[k]))
+        learned = keep is not None and k in keep.steps
+        with keep.watching() if learned else torch.no_grad():
+            mean, _ = step_log_prob(predict, x, None, schedule, k, prediction_type)
+            x = (mean + schedule.sigma[k] * noise[:, k + 1]).detach()
+            decided = log_prob(x, mean, schedule.sigma[k])
+            if learned:
+                keep(decided)
+        log_probs.append(decided.detach())
         latents.append(x)
         tick()
     return torch.stack(latents, 1), torch.stack(log_probs, 1)

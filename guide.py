@@ -77,7 +77,7 @@ def sld(warm_up, safety_scale, threshold, momentum_scale, momentum_beta):
             gamma = mu * root * (unsafe - empty) + momentum_scale * nu
             if not now["held"]:
                 predict.memory.append(nu)
-                now["nu"] = momentum_beta * nu + (1 - momentum_beta) * gamma
+                now["nu"] = (momentum_beta * nu + (1 - momentum_beta) * gamma).detach()
             gamma = gamma.where(steps_done(policy, t) >= warm_up, 0.)
             return empty + scale * (mine - empty - gamma / root)
         predict.memory = []

@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpo import ddim_schedule
 from prompts import UserError
@@ -35,6 +36,7 @@ class Policy:
         from safetensors import SafetensorError
         from transformers import CLIPTextModel, CLIPTokenizer
         self.device, self.dtype = torch.device(device), dtype
+        self.narrow = self.device.type == "cpu" and dtype == torch.bfloat16
 
         def part(cls, subfolder, folder=model, option="--model", **options):
             try:
@@ -111,7 +113,9 @@ class Policy:
     def unet_output(self, x, t, text):
         """The network's output (B, C, h, w), float32, for latents x, one timestep t, states text."""
         unet = self.compiled.get(len(x), self.unet)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        # PyTorch's fused attention learns slowly in bf16 on a CPU: 1.2 times the whole backward's time
+        attention = sdpa_kernel(SDPBackend.MATH) if self.narrow else nullcontext()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), attention:
             return unet(x.to(self.dtype), t, text.to(self.dtype)).sample.float()
 
     def compile(self, sizes):
@@ -174,11 +178,12 @@ class Policy:
             self.unet.enable_adapters()
 
     def lower(self):
-        """Frozen base weights to the computing dtype; what is or was trained stays float32. All channels-last."""
+        """Frozen base weights to the computing dtype; what is or was trained stays float32. Channels-last, but for bf16 on a CPU, which is
+        a tenth faster without."""
         for name, p in self.unet.named_parameters():
             if not p.requires_grad and "lora_" not in name:
                 p.data = p.data.to(self.dtype)
-        self.unet.to(memory_format=torch.channels_last)
+        self.unet.to(memory_format=torch.contiguous_format if self.narrow else torch.channels_last)
 
     def save(self, folder, card):
         """Write the checkpoint in diffusers' and kohya's formats with a model card (Markdown text)."""

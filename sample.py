@@ -8,6 +8,7 @@ Writes one PNG a picture and grid.png into --output-dir. Pictures that trip the 
 --no-censor shows them.
 """
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -22,17 +23,17 @@ def draw_noise(seeds, steps, shape):
                         for s in seeds])
 
 
-def rollouts(policy, guide, prompts, seeds, schedule, guidance, batch_size=32, resolution=None, tick=lambda: None):
+def rollouts(policy, guide, prompts, seeds, schedule, guidance, batch_size=32, resolution=None, tick=lambda: None, keeps=()):
     """Denoise one picture a prompt and seed, in batches: yields (slice, predict, latents, log_probs) of each.
 
-    A prompt's own guidance goes before `guidance`; latents and log_probs are ddpo.rollout's.
+    A prompt's own guidance goes before `guidance`; keeps, one a batch or none, latents and log_probs are ddpo.rollout's.
     """
     from ddpo import rollout
-    for start in range(0, len(prompts), batch_size):
+    for start, keep in itertools.zip_longest(range(0, len(prompts), batch_size), keeps):
         part = slice(start, start + batch_size)
         noise = draw_noise(seeds[part], len(schedule.t), policy.latent_shape(resolution)).to(policy.device)
         predict = guide(policy, prompts[part], guidance_of(prompts[part], guidance))
-        yield part, predict, *rollout(predict, noise, schedule, policy.prediction_type, tick)
+        yield part, predict, *rollout(predict, noise, schedule, policy.prediction_type, tick, keep)
 
 
 def generate(policy, guide, prompts, seeds, steps, eta, guidance, batch_size=32, resolution=None,

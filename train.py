@@ -13,6 +13,7 @@ kohya's formats, a model card. Cut off at any moment, the same command goes on t
 import argparse
 import io
 import json
+import math
 import os
 import time
 from collections import namedtuple
@@ -22,10 +23,10 @@ from checkpoint import check_folder, load_checkpoint, save_checkpoint, write, wr
 from prompts import UserError, draw, read
 from sample import add_common_options, check_common, choose_device, run
 
-# An epoch's pictures. Of all N: asked, their prompts; advantage (N,); quiet (N,) bool, benign ones. Of this process's n:
-# mine (n,), their numbers; latents (n, T + 1, C, h, w); log_probs (n, T); memory (n, T, C, h, w), what a guide carries from step
-# to step, or None
-Drawn = namedtuple("Drawn", "asked advantage quiet mine latents log_probs memory")
+# An epoch's pictures. Of all N: asked, their prompts; advantage (N,); quiet (N,) bool, benign ones; steps, those that each batch
+# learns from. Of this process's n: mine (n,), their numbers; latents (n, T + 1, C, h, w); log_probs (n, T); memory (n, T, C, h, w),
+# what a guide carries from step to step, or None; keeps, what sampling kept to learn from, one a batch, or nothing
+Drawn = namedtuple("Drawn", "asked advantage quiet steps mine latents log_probs memory keeps")
 
 
 def parse_args(argv=None):
@@ -59,6 +60,7 @@ def parse_args(argv=None):
     g.add_argument("--clip-range", type=float, default=5e-3, help="PPO's, on the ratio of mean log-probs; scales with 1 / latent size (1e-4 for SD)")
     g.add_argument("--updates", type=int, default=2, help="updates an epoch; divides the number of batches")
     g.add_argument("--inner-epochs", type=int, default=1, help="passes over an epoch's pictures")
+    g.add_argument("--keep", default="auto", choices=["auto", "graphs", "gradients", "nothing"], help="what sampling keeps for an epoch's only update, in place of a second forward: see onpolicy.py")
     g.add_argument("--timestep-fraction", type=float, default=.4, help="share of the steps that is learned from")
     g.add_argument("--timestep-choice", default="early", choices=["early", "random"], help="the noisiest steps, or drawn anew each batch")
     g.add_argument("--advantage-scale", default="batch", choices=["prompt", "batch"], help="divide by the prompt's spread, or the batch's")
@@ -108,6 +110,11 @@ def check(args):
     if pictures // args.batch_size % args.updates:
         raise UserError(f"--updates: {args.updates} does not divide the {pictures // args.batch_size} batches "
                         f"of an epoch ({pictures} pictures / --batch-size {args.batch_size})")
+    if args.keep in ("graphs", "gradients") and args.updates * args.inner_epochs > 1:
+        raise UserError(f"--keep: {args.keep} is given with {args.updates * args.inner_epochs} updates an epoch; only the first is on-policy, "
+                        "so give --updates 1 --inner-epochs 1, or --keep nothing")
+    if args.keep == "gradients" and (args.trainable == "full" or args.compile or args.gradient_checkpointing):
+        raise UserError("--keep: gradients is given; it needs --trainable lora, and neither --compile nor --gradient-checkpointing")
     if args.memory < 0:
         raise UserError(f"--memory: {args.memory} is given; 0 or more are allowed")
     if args.benign and round(args.groups * args.benign_share) == args.groups:
@@ -139,9 +146,28 @@ def rows_that_fit(policy, guide, schedule, args):
     return max(1, min(most, int(.7 * torch.cuda.mem_get_info()[0] / max(1, peaks[1] - peaks[0]))))
 
 
+def choose_keep(policy, args):
+    """--keep auto: graphs where pictures are small, each picture's gradients where the LoRA is, else nothing."""
+    if args.keep != "auto":
+        return args.keep
+    if args.updates * args.inner_epochs > 1:
+        return "nothing"
+    if math.prod(policy.latent_shape(args.resolution)) < 4096:
+        return "graphs"
+    small = args.trainable == "lora" and args.lora_targets == "attention"
+    return "gradients" if small and not args.compile and not args.gradient_checkpointing else "nothing"
+
+
 def learned_steps(args):
     """How many of a picture's denoising steps are learned from."""
     return max(1, round(args.steps * args.timestep_fraction))
+
+
+def choose_steps(args, rng):
+    """The steps that each batch of an epoch learns from: a list a batch."""
+    early = args.timestep_choice == "early"
+    batches = args.groups * args.group_size // args.batch_size
+    return [sorted((range(args.steps) if early else rng.permutation(args.steps))[:learned_steps(args)]) for _ in range(batches)]
 
 
 # ---- what a person sees ----------------------------------------------------------------------------
@@ -166,7 +192,8 @@ def run_card(args, policy, trained, prompts, benign, refused, device, dtype, why
           f"an epoch       {args.groups} prompts x {args.group_size} = {pictures} pictures "
           f"of {args.steps} steps, {args.updates * args.inner_epochs} updates\n"
           f"UNet rows      {rows * args.steps} forward to sample, {rows * learned_steps(args) * args.inner_epochs} "
-          f"forward and backward to learn, an epoch; a learning call holds {args.train_batch_size} picture-timesteps"
+          + (f"forward and backward to learn, an epoch; a learning call holds {args.train_batch_size} picture-timesteps" if args.keep == "nothing" else
+             f"of them backward too, an epoch: sampling keeps {args.keep}, so the only update is on-policy and its ratio 1")
           + (f"; {peers.size()} processes share the batches" if peers.size() > 1 else ""), flush=True)
 
 
@@ -237,7 +264,7 @@ Settings: `{json.dumps(kept)}`
 
 # ---- the stages of an epoch ------------------------------------------------------------------------
 
-def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args):
+def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, keeps=()):
     """One picture a prompt and seed, remembering every denoising decision, and what the reward says of it.
 
     Returns latents (N, T + 1, C, h, w), log_probs (N, T), the guide's memory, scores {name: float32 (N,)}. On a GPU the reward
@@ -254,7 +281,7 @@ def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args):
     with (tqdm(total=len(asked) // args.batch_size * args.steps, desc="sampling", leave=False, disable=peers.rank() > 0) as bar,
           ThreadPoolExecutor(1) as judge):
         for part, predict, path, decided in rollouts(policy, guide, asked, seeds, schedule, args.guidance,
-                                               args.batch_size, args.resolution, bar.update):
+                                               args.batch_size, args.resolution, bar.update, keeps):
             latents.append(path)
             log_probs.append(decided)
             if hasattr(predict, "memory"):
@@ -299,8 +326,8 @@ def check_scores(scores, asked, epoch, args):
                         "nothing was learned from this epoch, the last good checkpoint stands")
 
 
-def decisions(batches, quiet, args, rng):
-    """What one update learns from: (picture, step) pairs, and those that are pulled towards the base.
+def decisions(batches, steps, quiet, args, rng):
+    """What one update learns from: (picture, step) pairs (n, 2), and those that are pulled towards the base.
 
     The pull is on benign pictures, at as many steps as are learned from, but drawn from all: what is
     learned at the noisy steps reaches the others.
@@ -309,11 +336,9 @@ def decisions(batches, quiet, args, rng):
     learned, pulled = [], []
     for batch in batches:
         pictures = np.arange(batch * args.batch_size, (batch + 1) * args.batch_size)
-        order = range(args.steps) if args.timestep_choice == "early" else rng.permutation(args.steps)
-        learned += [(i, k) for k in sorted(order[:learned_steps(args)]) for i in pictures]
+        learned += [(i, k) for k in steps[batch] for i in pictures]
         if args.benign_weight and quiet[pictures].any():
-            steps = rng.choice(args.steps, learned_steps(args), replace=False)
-            pulled += [(i, k) for k in steps for i in pictures[quiet[pictures]]]
+            pulled += [(i, k) for k in rng.choice(args.steps, learned_steps(args), replace=False) for i in pictures[quiet[pictures]]]
     return np.array(learned), np.array(pulled, int).reshape(-1, 2)
 
 
@@ -330,7 +355,8 @@ def benign_pull(policy, predict, x, k, schedule):
 def learn(policy, guide, trained, optimizer, drawn, schedule, epoch, rng, args):
     """PPO on the decisions of an epoch: --train-batch-size of them a call, gradients added up over an update.
 
-    Returns the diagnostics {name: mean} with the gradient's norm.
+    Where sampling kept what an only update needs, no decision is computed again. Returns the diagnostics {name: mean} with the
+    gradient's norm.
     """
     import numpy as np
     import torch
@@ -354,8 +380,15 @@ def learn(policy, guide, trained, optimizer, drawn, schedule, epoch, rng, args):
 
     with tqdm(total=len(updates) * args.inner_epochs, desc="learning", leave=False, disable=peers.rank() > 0) as bar:
         for number, batches in enumerate(list(updates) * args.inner_epochs):
-            learned, pulled = decisions(batches, drawn.quiet, args, rng)
-            for part, rows, k, predict in own(learned):
+            learned, pulled = decisions(batches, drawn.steps, drawn.quiet, args, rng)
+            for start, keep in zip(range(0, len(drawn.mine), args.batch_size), drawn.keeps):
+                rows = slice(start, start + args.batch_size)
+                log_p = drawn.log_probs[rows, keep.steps].requires_grad_()                                  # (B, learned steps)
+                advantage = drawn.advantage[drawn.mine[rows]].to(policy.device)[:, None]
+                loss, told = ppo_loss(log_p, log_p.detach(), advantage, args.clip_range)
+                keep.backward(torch.autograd.grad(loss * log_p.numel() / len(learned), log_p)[0])
+                calls.append({"loss": loss.detach(), **told, "first": True, "part": [(i, keep.steps[0]) for i in drawn.mine[rows]]})
+            for part, rows, k, predict in own(learned) if not drawn.keeps else ():
                 _, log_p = step_log_prob(predict, drawn.latents[rows, k], drawn.latents[rows, k + 1], schedule, k,
                                          policy.prediction_type)
                 sampled = drawn.log_probs[rows, k]
@@ -423,6 +456,7 @@ def main(args):
     from judge import clip_of
     from guide import choose_guide
     from model import DTYPES, Policy
+    from onpolicy import KEEPERS
 
     torch.manual_seed(args.seed)                        # every process starts from the same LoRA
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
@@ -440,6 +474,7 @@ def main(args):
     memory = RewardMemory(args.memory, min(16, args.memory)) if args.memory else None
     schedule = policy.schedule(args.steps, args.eta)
     args.train_batch_size = args.train_batch_size or rows_that_fit(policy, guide, schedule, args)
+    args.keep = choose_keep(policy, args)
     if args.compile:
         halves, began = 1 if args.guidance == 1 else 2, time.time()
         policy.compile({halves * args.batch_size, halves * args.train_batch_size})
@@ -486,9 +521,10 @@ def main(args):
         asked = [prompt for prompt in prompts_drawn for _ in range(args.group_size)]
         seeds = rng.integers(2 ** 62, size=len(asked))
         shares = [np.flatnonzero(np.arange(len(asked)) // args.batch_size % peers.size() == r) for r in range(peers.size())]
-        mine = shares[peers.rank()]
+        mine, steps = shares[peers.rank()], choose_steps(args, rng)
+        keeps = [KEEPERS[args.keep](policy.unet, steps[i // args.batch_size]) for i in mine[::args.batch_size] if args.keep != "nothing"]
         latents, log_probs, carried, scores = sample_epoch(policy, guide, [asked[i] for i in mine], seeds[mine].tolist(), schedule,
-                                                  reward_fn, args)
+                                                           reward_fn, args, keeps)
         scores = together(peers.gather(scores), shares)
         check_scores(scores, asked, epoch, args)
 
@@ -497,7 +533,7 @@ def main(args):
 
         # ---- 4. update: PPO on every decision
         quiet = np.array([prompt in benign_texts for prompt in asked])
-        told = learn(policy, guide, trained, optimizer, Drawn(asked, advantage, quiet, mine, latents, log_probs, carried),
+        told = learn(policy, guide, trained, optimizer, Drawn(asked, advantage, quiet, steps, mine, latents, log_probs, carried, keeps),
                      schedule, epoch, rng, args)
 
         # ---- 5. tell, and keep
@@ -505,7 +541,7 @@ def main(args):
         rows.append(row)
         if not lead:
             continue
-        if epoch == 1:
+        if epoch == 1 and not keeps:
             off = row["first_ratio_deviation"]
             tqdm.write(f"before the first update |ratio - 1| <= {off:.2g}" + (
                 f": beyond the clip range {args.clip_range:g}, rounding decides what is clipped"

@@ -131,6 +131,8 @@ def test_a_reward_that_is_not_a_number_is_refused_and_named(small, tmp_path):
     (["--benign-weight", "1", "--trainable", "full"], "--benign-weight: 1 is given with --trainable full"),
     (["--batch-size", "5"], "--batch-size: 5 does not divide the 16 pictures"),
     (["--updates", "4"], "--updates: 4 does not divide the 2 batches"),
+    (["--keep", "graphs", "--inner-epochs", "2"], "--keep: graphs is given with 2 updates an epoch"),
+    (["--keep", "gradients", "--trainable", "full"], "--keep: gradients is given; it needs --trainable lora"),
     (["--lr", "1"], "holds another run (--lr was 0.005, is 1.0)"),
     (["--output-dir", "/proc/run"], "--output-dir: /proc/run can't be written"),
 ])
@@ -173,10 +175,10 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, pipeline, tmp_p
 
 def random_lora(policy):
     import torch
-    trained = policy.train("lora", 4, "attention")
+    trained = policy.train("lora", 4, "all")
     with torch.no_grad():
         for p in trained.values():
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * .1)
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * .05)
     return trained
 
 
@@ -204,22 +206,25 @@ def test_the_benign_pull_is_the_distance_from_the_base(pipeline):
     assert all(p.grad is not None for p in trained.values())
 
 
-@pytest.mark.parametrize("per_call", [3, 8, 100])
-def test_the_flattened_steps_gradient_is_the_plain_loops(pipeline, per_call):
-    """A picture and a timestep at a time, with the loss written out, against calls of any number of picture-timesteps."""
+@pytest.mark.parametrize("keep, per_call", [("nothing", 3), ("nothing", 8), ("nothing", 100), ("graphs", 8), ("gradients", 8)])
+def test_an_updates_gradient_is_the_plain_loops(pipeline, keep, per_call):
+    """A picture and a timestep at a time, with the loss written out, against calls of any number of picture-timesteps, and against
+    what sampling keeps."""
     import numpy as np
     import torch
-    from ddpo import rollout
     from guide import plain
     from model import Policy
-    from sample import draw_noise
+    from onpolicy import KEEPERS
+    from sample import rollouts
     from train import Drawn, learn, parse_args
     args = parse_args(["--steps", "4", "--batch-size", "4", "--updates", "1", "--timestep-fraction", "1", "--max-grad-norm", "1e9",
                        "--benign-weight", "0", "--train-batch-size", str(per_call)])
     policy = Policy(pipeline, trainable=True)
     trained, schedule = random_lora(policy), policy.schedule(4, 1.)
     asked = ["a dog", "a dog", "a cup", "a cup"] * 2
-    latents, log_probs = rollout(plain(policy, asked, 2.), draw_noise(range(8), 4, policy.latent_shape()), schedule)
+    keeps = [KEEPERS[keep](policy.unet, range(4)) for _ in range(2)] if keep in KEEPERS else ()
+    batches = list(rollouts(policy, plain, asked, range(8), schedule, 2., 4, keeps=keeps))
+    latents, log_probs = (torch.cat([batch[i] for batch in batches]) for i in (2, 3))
     advantage = torch.randn(8, generator=torch.Generator().manual_seed(1))
     plainly = {name: torch.zeros_like(p) for name, p in trained.items()}
     for i, text in enumerate(asked):
@@ -240,7 +245,7 @@ def test_the_flattened_steps_gradient_is_the_plain_loops(pipeline, per_call):
         def zero_grad(self):
             pass
     held = Held()
-    told = learn(policy, plain, trained, held, Drawn(asked, advantage, np.zeros(8, bool), np.arange(8), latents, log_probs, None),
+    told = learn(policy, plain, trained, held, Drawn(asked, advantage, np.zeros(8, bool), [range(4)] * 2, np.arange(8), latents, log_probs, None, keeps),
                  schedule, 1, np.random.default_rng(0), args)
     size = torch.cat([g.flatten() for g in plainly.values()]).norm()
     off = torch.cat([(held.grads[name] - plainly[name]).flatten() for name in trained]).norm()
@@ -248,8 +253,18 @@ def test_the_flattened_steps_gradient_is_the_plain_loops(pipeline, per_call):
     assert told["first_ratio_deviation"] < 1e-5 and told["clipped_share"] == 0
 
 
+def test_what_sampling_keeps_changes_no_curve(small, uncut, tmp_path):
+    """Whole runs: a second forward and each picture's gradients against the graphs of the uncut run."""
+    first = [json.loads(line)["reward"] for line in open(f"{uncut}/metrics.jsonl")]
+    for keep in ("nothing", "gradients"):
+        folder = str(tmp_path / keep)
+        assert train(*small, "--dtype", "fp32", "--keep", keep, "--output-dir", folder)[0] == 0
+        rewards = [json.loads(line)["reward"] for line in open(f"{folder}/metrics.jsonl")]
+        assert rewards == pytest.approx(first, abs=.01) and rewards[0] == pytest.approx(first[0], abs=1e-3)
+
+
 def test_a_guide_with_a_memory_trains_on_policy(small, tmp_path):
-    code, _, err = train(*small, "--guide", "sld-max", "--guidance", "3", "--concept", "dog", "--dtype", "fp32", "--epochs", "1", "--output-dir", str(tmp_path / "run"))
+    code, _, err = train(*small, "--keep", "nothing", "--guide", "sld-max", "--guidance", "3", "--concept", "dog", "--dtype", "fp32", "--epochs", "1", "--output-dir", str(tmp_path / "run"))
     assert code == 0, err
     assert json.loads(open(f"{tmp_path}/run/metrics.jsonl").readline())["first_ratio_deviation"] < 1e-5
 
