@@ -41,6 +41,12 @@ def with_ends(policy, tokens):
     return ids
 
 
+def generators(count, seed):
+    """Random numbers of its own for every prompt, so that what is found for one does not hang on how many there are."""
+    import torch
+    return [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(count)]
+
+
 def distances(policy, tokens, targets, rows=2048):
     """Squared L2 of the candidates' states to their prompt's target: tokens (N, P, K), targets (N, L, D) -> (N, P). Eq. 4."""
     import torch
@@ -59,24 +65,24 @@ def search(policy, targets, legal, args, tick=lambda best: None):
     crossover in half of the cases and one changed token in a quarter, and wherever nothing was crossed.
     """
     import torch
-    rng = torch.Generator().manual_seed(args.seed)
-    draw = lambda high, *shape: torch.randint(high, shape, generator=rng).to(policy.device)
-    chance = lambda share, *shape: (torch.rand(shape, generator=rng) < share).to(policy.device)
+    rngs = generators(len(targets), args.seed)
+    draw = lambda high, *shape: torch.stack([torch.randint(high, shape, generator=rng) for rng in rngs]).to(policy.device)  # (N, *shape)
+    chance = lambda share, *shape: torch.stack([torch.rand(shape, generator=rng) < share for rng in rngs]).to(policy.device)
     legal = torch.tensor(legal, device=policy.device)
-    many, size, half, length = len(targets), args.population, args.population // 2, args.tokens
-    tokens = legal[draw(len(legal), many, size, length)]
+    size, half, length = args.population, args.population // 2, args.tokens
+    tokens = legal[draw(len(legal), size, length)]
     score = distances(policy, tokens, targets)
     for _ in range(args.generations):
         order = score.argsort(dim=1, stable=True)
         tokens, score = tokens.gather(1, order[..., None].expand_as(tokens)), score.gather(1, order)
         tick(score[:, 0].mean().item())
-        parents = [tokens.gather(1, draw(half, many, size - half)[..., None].expand(-1, -1, length)) for _ in range(2)]
-        crossed = chance(.5, many, size - half, 1)
-        cut = draw(length, many, size - half, 1).where(crossed, torch.tensor(length, device=policy.device))
+        parents = [tokens.gather(1, draw(half, size - half)[..., None].expand(-1, -1, length)) for _ in range(2)]
+        crossed = chance(.5, size - half, 1)
+        cut = draw(length, size - half, 1).where(crossed, torch.tensor(length, device=policy.device))
         children = torch.where(torch.arange(length, device=policy.device) < cut, *parents)
-        mutated = chance(.25, many, size - half, 1) | ~crossed                  # neither would be a copy, and its score known
-        change = (torch.arange(length, device=policy.device) == draw(length, many, size - half, 1)) & mutated
-        children = torch.where(change, legal[draw(len(legal), *children.shape)], children)
+        mutated = chance(.25, size - half, 1) | ~crossed                  # neither would be a copy, and its score known
+        change = (torch.arange(length, device=policy.device) == draw(length, size - half, 1)) & mutated
+        children = torch.where(change, legal[draw(len(legal), *children.shape[1:])], children)
         tokens = torch.cat([tokens[:, :half], children], 1)
         score = torch.cat([score[:, :half], distances(policy, children, targets)], 1)
     order = score.argsort(dim=1, stable=True)
@@ -121,23 +127,42 @@ def soft_prompt(policy, prompts, args):
 
     min E || e_theta(x_t, t, E([soft; prompt])) - e ||^2 (eq. 6 there, on embeddings, where it walks a simplex of tokens: an upper
     bound). --checkpoint's UNet is attacked, whatever guide it is used with. Each prompt has its picture: the base's most
-    nude one of --tries seeds. v where the network predicts v.
+    nude one of --tries seeds. v where the network predicts v. The UNet computes in bf16 where learning does.
     """
     import torch
-    from model import Policy
+    from model import DTYPES, Policy
     from tqdm import tqdm
-    defended = Policy(args.model, args.checkpoint, policy.device, policy.dtype) if args.checkpoint else policy
-    images, schedule = unsafe_latents(policy, prompts, args), policy.schedule(args.steps, args.eta)
+    dtype = choose_device(args.device, args.dtype, learning=True)[1]
+    defended = Policy(args.model, args.checkpoint, policy.device, DTYPES[dtype])
+    images, parts = unsafe_latents(policy, prompts, args), range(0, len(prompts), args.batch_size)
+    rngs, found, losses = generators(len(prompts), args.seed), [], []
+    with tqdm(total=len(parts) * args.iterations, desc="soft prompt") as bar:
+        def tick(loss):
+            losses.append(loss)
+            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.update()
+        for start in parts:
+            part = slice(start, start + args.batch_size)
+            found.append(fit(policy, defended, prompts[part], images[part], rngs[part], args, tick))
+    by_part = torch.tensor(losses).view(len(parts), -1)
+    tenth = max(1, args.iterations // 10)
+    print(f"loss of the first tenth of the iterations {by_part[:, :tenth].mean():.4f}, of the last {by_part[:, -tenth:].mean():.4f}")
+    return [(str(prompt), prompt, given) for prompt, given in zip(prompts, torch.cat(found))]
+
+
+def fit(policy, defended, prompts, images, rngs, args, tick):
+    """The text states (n, L, D) of prompts (n) with the soft tokens that suit their pictures' latents, images (n, C, h, w)."""
+    import torch
+    schedule = policy.schedule(args.steps, args.eta)
     length = min(policy.tokenizer.model_max_length, policy.text_encoder.config.max_position_embeddings)
     texts = policy.tokenizer([str(p) for p in prompts], truncation=True, max_length=length - args.tokens).input_ids
     ids = torch.full((len(texts), length), policy.tokenizer.pad_token_id, device=policy.device)
     for row, text in zip(ids, texts):                   # start, room for the soft tokens, the prompt and its end
         row[:len(text) + args.tokens] = torch.tensor(text[:1] + text[1:2] * args.tokens + text[1:], device=policy.device)
     embed = policy.text_encoder.get_input_embeddings()
-    rng = torch.Generator().manual_seed(args.seed)
-    soft = embed.weight[torch.tensor(legal_tokens(policy.tokenizer))[torch.randint(0, 10 ** 6, (len(texts), args.tokens), generator=rng)
-                                                                  % len(legal_tokens(policy.tokenizer))].to(policy.device)].detach().clone().float()
-    soft.requires_grad_(True)
+    legal = torch.tensor(legal_tokens(policy.tokenizer))
+    first = torch.stack([legal[torch.randint(len(legal), (args.tokens,), generator=rng)] for rng in rngs])     # (n, K)
+    soft = embed.weight[first.to(policy.device)].detach().clone().requires_grad_()
 
     def encode():
         put = embed.register_forward_hook(lambda module, given, out: torch.cat([out[:, :1], soft.to(out.dtype), out[:, 1 + args.tokens:]], 1))
@@ -145,25 +170,20 @@ def soft_prompt(policy, prompts, args):
             return policy.text_encoder(ids).last_hidden_state
         finally:
             put.remove()
-    optimizer, losses = torch.optim.Adam([soft], lr=args.lr), []
-    with tqdm(total=args.iterations, desc="soft prompt") as bar:
-        for _ in range(args.iterations):
-            k = torch.randint(len(schedule.t), (len(texts),), generator=rng).to(policy.device)
-            eps = torch.randn(images.shape, generator=rng).to(policy.device)
-            a = schedule.a_t[k].view(-1, 1, 1, 1)
-            x = a.sqrt() * images + (1 - a).sqrt() * eps
-            wanted = eps if policy.prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * images
-            off = ((defended.unet_output(x, schedule.t[k], encode()) - wanted) ** 2).flatten(1).mean(1)
-            off.sum().backward()                        # every prompt's own loss: none waits for another
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(off.mean().item())
-            bar.set_postfix(loss=f"{losses[-1]:.4f}")
-            bar.update()
-    tenth = max(1, len(losses) // 10)
-    print(f"loss of the first tenth of the iterations {sum(losses[:tenth]) / tenth:.4f}, of the last {sum(losses[-tenth:]) / tenth:.4f}")
+    optimizer = torch.optim.Adam([soft], lr=args.lr)
+    for _ in range(args.iterations):
+        k = torch.cat([torch.randint(len(schedule.t), (1,), generator=rng) for rng in rngs]).to(policy.device)
+        eps = torch.stack([torch.randn(images.shape[1:], generator=rng) for rng in rngs]).to(policy.device)
+        a = schedule.a_t[k].view(-1, 1, 1, 1)
+        x = a.sqrt() * images + (1 - a).sqrt() * eps
+        wanted = eps if policy.prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * images
+        off = ((defended.unet_output(x, schedule.t[k], encode()) - wanted) ** 2).flatten(1).mean(1)
+        off.sum().backward()                            # every prompt's own loss: none waits for another
+        optimizer.step()
+        optimizer.zero_grad()
+        tick(off.mean().item())
     with torch.no_grad():
-        return [(str(prompt), prompt, given) for prompt, given in zip(prompts, encode().float())]
+        return encode().float()
 
 
 def unsafe_latents(policy, prompts, args):
@@ -235,7 +255,7 @@ def parse_args(argv=None):
     p.add_argument("--category", default=None, help="only --prompts of this category (I2P: sexual)")
     p.add_argument("--count", type=int, default=64, help="adversarial prompts, those of --prompts in turn")
     p.add_argument("--tokens", type=int, default=None, help="tokens that are free; 16 for ring-a-bell, 5 for soft-prompt")
-    p.add_argument("--pairs", default="data/concept_pairs.csv", help="CSV with the columns unsafe and safe: the concept is their difference")
+    p.add_argument("--pairs", default=None, help="CSV with the columns unsafe and safe: the concept is their difference; data/concept_pairs.csv for tiny")
     p.add_argument("--strength", type=float, default=3., help="Ring-A-Bell's eta: how much of the concept is added")
     p.add_argument("--population", type=int, default=50, help="candidates a prompt; the authors' 200 for Stable Diffusion")
     p.add_argument("--generations", type=int, default=120, help="of the genetic search; the authors' 3000 for Stable Diffusion")
@@ -262,6 +282,10 @@ def main(args):
         print(f"refused {refused} prompts that mention minors")
     make_folder(os.path.dirname(args.output) or ".", "--output")
     args.model = base_of(args.checkpoint, args.model)
+    if args.pairs is None and args.attack != "soft-prompt":
+        if os.path.basename(os.path.normpath(args.model)) != "tiny":
+            raise UserError(f"--pairs: none is given, and data/concept_pairs.csv is the tiny world's; {args.model} needs its own, a CSV with the columns unsafe and safe")
+        args.pairs = "data/concept_pairs.csv"
     import torch
     from model import Policy
     policy = Policy(args.model, None, choose_device(args.device, args.dtype)[0], torch.float32)

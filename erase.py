@@ -1,12 +1,12 @@
 """The weight-editing rivals: one loss each over one short loop.
 
     python erase.py esd-x                               # the embedded world; esd-u, sdd and safegen likewise
-    python erase.py esd-u --model CompVis/stable-diffusion-v1-4 --prompts mine.csv --steps 50 \
+    python erase.py esd-u --model CompVis/stable-diffusion-v1-4 --concept nudity --steps 50 \
         --negative-guidance 1 --lr 1e-5 --iterations 1000 --batch-size 1 --output-dir out/sd-esd-u
     python evaluate.py --checkpoint out/shield out/esd-x out/esd-u out/sdd out/safegen
 
-Written from the papers' formulas. Ours for all four: the concept is not one name but a prompt file, of which every iteration
-draws a batch; pictures are made on the project's own schedule (--steps, --eta); Adam without weight decay. Writes into
+Written from the papers' formulas. Ours for all four: the concept is several names (--concept) or a prompt file, of which every
+iteration draws a batch; pictures are made on the project's own schedule (--steps, --eta); Adam without weight decay. Writes into
 --output-dir: args.json, metrics.jsonl, checkpoints/, unet/ (or the LoRA in diffusers' and kohya's formats), a model card.
 Cut off at any moment, the same command goes on to the same result.
 """
@@ -182,7 +182,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("what is trained, on what")
     g.add_argument("method", choices=list(METHODS), help="learn cross-attention (esd-x, sdd), all else (esd-u), self-attention (safegen)")
     g.add_argument("--model", default="tiny", help="folder or hub id in Stable Diffusion 1.x's format")
-    g.add_argument("--prompts", default="data/unsafe_train.csv", help="file or text: what has to be erased")
+    g.add_argument("--prompts", default=None, help="file or text: what has to be erased; the names in --concept if left out, data/unsafe_train.csv for safegen")
     g.add_argument("--benign", default=None, help="safegen: what has to stay; data/benign_train.csv beside the default prompts")
     g.add_argument("--category", default=None, help="only --prompts of this category (I2P: sexual)")
     g.add_argument("--trainable", default="weights", choices=["weights", "lora"], help="the weights themselves, or a LoRA on their layers")
@@ -208,6 +208,8 @@ def parse_args(argv=None):
 def check(args):
     """Everything that can be said before a model is loaded; fills in what follows from other options."""
     defaults = METHODS[args.method].defaults
+    if args.prompts is None and METHODS[args.method].prepare:
+        args.prompts = "data/unsafe_train.csv"
     if args.benign is None and args.prompts == "data/unsafe_train.csv":
         args.benign = "data/benign_train.csv"
     for option, default in (("iterations", defaults["iterations"]), ("lr", defaults[f"{args.trainable}_lr"]),
@@ -264,7 +266,7 @@ Settings: `{json.dumps({k: v for k, v in vars(args).items() if v is not None})}`
 def main(args):
     check(args)
     method = METHODS[args.method]
-    prompts, refused = read(args.prompts, args.category)
+    prompts, refused = read(args.prompts, args.category) if args.prompts else (None, 0)
     benign, more = read(args.benign, option="--benign") if args.benign and method.prepare else ([], 0)
     device, dtype, why = choose_device(args.device, args.dtype, learning=True)
     import numpy as np
@@ -277,6 +279,8 @@ def main(args):
 
     torch.manual_seed(args.seed)
     policy = Policy(args.model, None, device, DTYPES[dtype], trainable=True)
+    if not prompts:
+        prompts = [read(name.strip(), option="--concept")[0][0] for name in (args.concept or policy.concept).split(",")]
     trained = choose_weights(policy, method.weights, args)
     copy = lambda: {name: p.detach().clone() for name, p in trained.items()}
     write(os.path.join(args.output_dir, "args.json"), settings)             # from here on the folder is this run's

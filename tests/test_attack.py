@@ -73,6 +73,18 @@ def test_the_same_seed_gives_the_same_file(args):
     assert run(args) != first
 
 
+def test_what_is_found_for_a_prompt_does_not_hang_on_how_many_there_are(args):
+    many = run(args)
+    args.count, args.attack = 2, "ring-a-bell"
+    assert run(args) == many[:2]
+    args.attack, args.tokens, args.iterations, args.dtype, both = "soft-prompt", 3, 4, "fp32", []
+    for args.count, args.batch_size in ((3, 2), (2, 32)):
+        run(args)
+        both.append(read(args.output)[0])
+        both[-1] = [Policy(args.model).encode(both[-1])[i] for i in range(2)]
+    assert torch.allclose(torch.stack(both[0]), torch.stack(both[1]), atol=1e-3)
+
+
 def test_a_candidate_that_mentions_minors_is_never_written(policy, monkeypatch):
     legal = legal_tokens(policy.tokenizer)
     candidates = torch.tensor([legal[:4], legal[4:8], legal[8:12]])
@@ -106,7 +118,7 @@ def test_given_states_are_what_the_network_sees_and_stay_with_their_prompt(polic
 
 def test_the_soft_prompt_lowers_its_loss_and_touches_no_weight(policy, args, capsys, monkeypatch):
     """The network is a plain function of the text here, for a random one hardly looks at it."""
-    monkeypatch.setattr(policy, "unet_output", lambda x, t, text: text.mean(1)[:, :4].view(-1, 4, 1, 1) * 5 + 0 * x)
+    monkeypatch.setattr(Policy, "unet_output", lambda self, x, t, text: text.mean(1)[:, :4].view(-1, 4, 1, 1) * 5 + 0 * x)
     before = {name: p.clone() for module in (policy.unet, policy.text_encoder) for name, p in module.named_parameters()}
     args.iterations, args.lr, args.tokens = 60, .05, 3
     found = soft_prompt(policy, [Prompt("an egg"), Prompt("a large peach on a red background")], args)
@@ -118,7 +130,7 @@ def test_the_soft_prompt_lowers_its_loss_and_touches_no_weight(policy, args, cap
     assert found[0][2].shape == policy.encode([""])[0].shape and not torch.allclose(found[0][2], policy.encode(["an egg"])[0])
 
 
-@pytest.mark.parametrize("options, said", [(["--tokens", "99"], "--tokens: 99"), (["--pairs", "nowhere.csv"], "--pairs: nowhere.csv"),
+@pytest.mark.parametrize("options, said", [(["--tokens", "99"], "--tokens: 99"), (["--pairs", "nowhere.csv"], "--pairs: nowhere.csv"), ([], "--pairs: none is given, and data/concept_pairs.csv is the tiny world's"),
                                            (["--count", "0"], "--count: 0"), (["--output", "x.txt"], "--output ends in .csv")])
 def test_a_users_mistake_is_one_sentence(pipeline, tmp_path, options, said):
     with pytest.raises(UserError, match=said):

@@ -246,6 +246,16 @@ def test_a_users_mistake_is_one_sentence(pipeline, tmp_path, more, said):
         main(options("safegen", pipeline, "--output-dir", str(tmp_path / "run"), *more))
 
 
+def test_what_is_erased_without_a_prompt_file_is_the_concepts_names(pipeline, tmp_path, capsys, monkeypatch):
+    import erase
+    asked = []
+    monkeypatch.setattr(erase, "draw", lambda prompts, *rest: asked.append(prompts) or prompts[:1])
+    main(parse_args(["esd-x", "--model", pipeline, "--concept", "a dog, cat", "--steps", "2", "--iterations", "1", "--output-dir", str(tmp_path / "run")]))
+    assert asked == [["a dog", "cat"]]
+    with pytest.raises(UserError, match="--concept: a naked child has no usable prompt"):
+        main(parse_args(["esd-x", "--model", pipeline, "--concept", "a naked child", "--output-dir", str(tmp_path / "other")]))
+
+
 def test_help_answers_within_a_second_and_another_runs_folder_is_refused(pipeline, tmp_path, capsys):
     began = time.time()
     subprocess.run([sys.executable, f"{ROOT}/erase.py", "--help"], check=True, capture_output=True)
