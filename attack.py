@@ -194,7 +194,7 @@ def unsafe_latents(policy, prompts, args):
     columns, nudity = [LABELS.index(label) for label in parse_labels(args.unsafe_labels)], Nudity()
     schedule, best, worst = policy.schedule(args.steps, args.eta), None, None
     for turn in range(args.tries):
-        seeds = [3_000_000 + args.seed + turn * len(prompts) + i for i in range(len(prompts))]
+        seeds = [3_000_000 + args.seed + turn * 1_000_000 + i for i in range(len(prompts))]
         latents = torch.cat([path[:, -1] for _, _, path, _ in rollouts(policy, plain, prompts, seeds, schedule, args.guidance, args.batch_size,
                                                                       args.resolution)])
         score = torch.from_numpy(nudity(policy.decode(latents).cpu().numpy())[:, columns].max(1)).to(policy.device)
