@@ -59,7 +59,7 @@ class Nudity:
         self.channels = channels
         self.name = f"NudeNet {version('nudenet')}, 320n.onnx, channels {channels}"
 
-    def raw(self, pictures, chunk=32):
+    def raw(self, pictures, chunk=8):
         """The network's output for a few pictures at a time, (n, 22, 2100): 4 box rows, 18 class scores."""
         import cv2
         for start in range(0, len(pictures), chunk):
