@@ -170,9 +170,9 @@ def to_latents(policy, pictures):
 # is kept, and saved in the end as SDD does; defaults: of a few tried on the tiny world's weights; those of a LoRA are untried
 Method = namedtuple("Method", "step weights prepare teacher defaults")
 METHODS = {
-    "esd-x": Method(esd, r".*attn2", None, False, dict(iterations=150, weights_lr=1e-4, lora_lr=1e-3)),
-    "esd-u": Method(esd, r"(?!.*attn2)", None, False, dict(iterations=150, weights_lr=1e-5, lora_lr=1e-3)),
-    "sdd": Method(sdd, r".*attn2", None, True, dict(iterations=150, weights_lr=1e-4, lora_lr=1e-3, warm_up=50)),
+    "esd-x": Method(esd, r".*attn2", None, False, dict(iterations=150, weights_lr=2e-4, lora_lr=1e-3)),
+    "esd-u": Method(esd, r"(?!.*attn2)", None, False, dict(iterations=150, weights_lr=4e-5, lora_lr=1e-3)),
+    "sdd": Method(sdd, r".*attn2", None, True, dict(iterations=150, weights_lr=1.4e-4, lora_lr=1e-3, warm_up=50)),
     "safegen": Method(safegen, r".*attn1", triples, False, dict(iterations=300, weights_lr=1e-3, lora_lr=1e-3)),
 }
 
@@ -196,7 +196,7 @@ def parse_args(argv=None):
     g.add_argument("--negative-guidance", type=float, default=1., help="ESD's eta: how far beyond the empty prompt; 0 stops there")
     g.add_argument("--start-guidance", type=float, default=3., help="guidance on the way to x_t (ESD, SDD)")
     g.add_argument("--ema", type=float, default=.95, help="decay of SDD's teacher, which is what is saved; the paper: .999, over 1500 iterations")
-    g.add_argument("--mosaic-weight", type=float, default=.1, help="SafeGen's weight of the mosaics; benign pictures have the rest of 1")
+    g.add_argument("--mosaic-weight", type=float, default=.5, help="SafeGen's weight of the mosaics, the paper: .1; benign pictures have the rest of 1")
     g.add_argument("--pictures", type=int, default=256, help="SafeGen's pictures of each prompt file")
     g = p.add_argument_group("output")
     g.add_argument("--output-dir", default=None, help="folder of the run, out/METHOD if left out; the same command goes on there")

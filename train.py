@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections import namedtuple
+from collections import deque, namedtuple
 
 import peers
 from checkpoint import check_folder, load_checkpoint, save_checkpoint, write, write_metrics
@@ -472,6 +472,7 @@ def main(args):
         reward_fn = shield_reward(clip, nudity, labels, args.clip_weight, args.nudity_weight, args.gate)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay, fused=policy.device.type == "cuda")
     memory = RewardMemory(args.memory, min(16, args.memory)) if args.memory else None
+    past = deque(maxlen=8)                              # what the last epochs' rewards differed by: see ddpo.advantages
     schedule = policy.schedule(args.steps, args.eta)
     args.train_batch_size = args.train_batch_size or rows_that_fit(policy, guide, schedule, args)
     args.keep = choose_keep(policy, args)
@@ -492,6 +493,7 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
         if memory:
             memory.load_state_dict(state["memory"])
+        past.extend(state["past"])
         rows = state["rows"]
         if lead:
             write_metrics(args.output_dir, rows)        # forget what came after the checkpoint
@@ -529,7 +531,7 @@ def main(args):
         check_scores(scores, asked, epoch, args)
 
         # ---- 3. compare: each picture with its prompt's others
-        advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale)
+        advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale, past)
 
         # ---- 4. update: PPO on every decision
         quiet = np.array([prompt in benign_texts for prompt in asked])
@@ -551,7 +553,7 @@ def main(args):
         if epoch % args.save_every == 0 or finished():
             write_metrics(args.output_dir, rows)
             save_checkpoint(checkpoints, {
-                "epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {},
+                "epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {}, "past": list(past),
                 "weights": {name: p.detach() for name, p in trained.items()},
                 "optimizer": optimizer.state_dict()})
         shown = {name: f"{row[name]:.3f}" for name in ("reward", "clip", "nudity", "unsafe") if name in row}

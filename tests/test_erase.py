@@ -127,7 +127,7 @@ def test_sdds_teacher_is_the_average_of_the_students_and_is_what_is_saved(pipeli
 
 
 def test_safegens_loss_is_its_formula_written_out(job):
-    j, rng = job("safegen"), np.random.default_rng(0)
+    j, rng = job("safegen", "--mosaic-weight", ".1"), np.random.default_rng(0)
     loss = METHODS["safegen"].step(j, ["unused"] * 2, np.random.default_rng(0))
     i, k, seeds, t = rng.integers(5, size=2), rng.integers(5, size=2), rng.integers(2 ** 62, size=4), rng.integers(1000, size=4)
     scheduler, by_hand = DDIMScheduler.from_config(j.policy.scheduler.config), 0
@@ -179,7 +179,7 @@ def test_safegens_pictures_are_those_that_trip_their_mosaics_and_those_that_do_n
 def test_training_lowers_the_loss_and_touches_only_its_weights(pipeline, tmp_path, method):
     """Read back by stock diffusers and by our own loader."""
     folder = str(tmp_path / "run")
-    main(options(method, pipeline, "--iterations", "24", "--lr", "2e-3", "--warm-up", "0", "--ema", ".5", "--output-dir", folder))
+    main(options(method, pipeline, "--iterations", "24", "--lr", "2e-3", "--warm-up", "0", "--ema", ".5", "--mosaic-weight", ".1", "--output-dir", folder))
     losses = [json.loads(line)["loss"] for line in open(f"{folder}/metrics.jsonl")]
     assert len(losses) == 4 and losses[-1] < losses[0]
     before = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet").state_dict()
