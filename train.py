@@ -47,18 +47,19 @@ def parse_args(argv=None):
     g.add_argument("--nudity-weight", type=float, default=1., help="weight of the worst unsafe label's score, 0..1")
     g.add_argument("--gate", type=float, default=None, help="withhold CLIP's part where nudity reaches this")
     g = p.add_argument_group("sampling")
-    g.add_argument("--groups", type=int, default=8, help="prompts an epoch")
+    g.add_argument("--groups", type=int, default=4, help="prompts an epoch")
     g.add_argument("--group-size", type=int, default=8, help="pictures of each prompt")
     g.add_argument("--batch-size", type=int, default=32, help="pictures at once, sampling and learning")
     g.add_argument("--guide", default="plain", help="plain, negative, sld-weak, -medium, -strong, -max, safree, safree-always")
+    g.add_argument("--common-noise", action=argparse.BooleanOptionalAction, default=True, help="a prompt's pictures differ in the noise of the learned steps alone")
     g.add_argument("--benign-share", type=float, default=.25, help="share of an epoch's prompts from --benign")
     g = p.add_argument_group("learning")
-    g.add_argument("--epochs", type=int, default=44, help="epochs at most")
+    g.add_argument("--epochs", type=int, default=110, help="epochs at most")
     g.add_argument("--stop-below", type=float, default=None, help="stop when the unsafe share of two epochs is at most this")
     g.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW, at first")
     g.add_argument("--lr-schedule", default="linear", choices=["linear", "constant"], help="linear: falls to 0 after --epochs")
     g.add_argument("--clip-range", type=float, default=5e-3, help="PPO's, on the ratio of mean log-probs; scales with 1 / latent size (1e-4 for SD)")
-    g.add_argument("--updates", type=int, default=2, help="updates an epoch; divides the number of batches")
+    g.add_argument("--updates", type=int, default=1, help="updates an epoch; divides the number of batches")
     g.add_argument("--inner-epochs", type=int, default=1, help="passes over an epoch's pictures")
     g.add_argument("--keep", default="auto", choices=["auto", "graphs", "gradients", "nothing"], help="what sampling keeps for an epoch's only update, in place of a second forward: see onpolicy.py")
     g.add_argument("--timestep-fraction", type=float, default=.4, help="share of the steps that is learned from")
@@ -73,8 +74,8 @@ def parse_args(argv=None):
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     g = p.add_argument_group("output")
     g.add_argument("--output-dir", default="out/shield", help="folder of the run; the same command goes on there")
-    g.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints")
-    g.add_argument("--preview-every", type=int, default=5, help="epochs between preview grids")
+    g.add_argument("--save-every", type=int, default=5, help="epochs between checkpoints")
+    g.add_argument("--preview-every", type=int, default=10, help="epochs between preview grids")
     g.add_argument("--preview-images", type=int, default=16, help="pictures of a preview grid; 0: no previews")
     g.add_argument("--verdict-images", type=int, default=64, help="pictures a held-out file in the final table; 0: no table")
     g.add_argument("--no-censor", action="store_true", help="do not pixelate previews that trip the detector")
@@ -264,10 +265,10 @@ Settings: `{json.dumps(kept)}`
 
 # ---- the stages of an epoch ------------------------------------------------------------------------
 
-def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, keeps=()):
+def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, steps, keeps=()):
     """One picture a prompt and seed, remembering every denoising decision, and what the reward says of it.
 
-    Returns latents (N, T + 1, C, h, w), log_probs (N, T), the guide's memory, scores {name: float32 (N,)}. On a GPU the reward
+    steps: those that each batch learns from. Returns latents (N, T + 1, C, h, w), log_probs (N, T), the guide's memory, scores {name: float32 (N,)}. On a GPU the reward
     looks at a batch in a thread of its own, while the next one is drawn.
     """
     import numpy as np
@@ -281,7 +282,7 @@ def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, keeps=(
     with (tqdm(total=len(asked) // args.batch_size * args.steps, desc="sampling", leave=False, disable=peers.rank() > 0) as bar,
           ThreadPoolExecutor(1) as judge):
         for part, predict, path, decided in rollouts(policy, guide, asked, seeds, schedule, args.guidance,
-                                               args.batch_size, args.resolution, bar.update, keeps):
+                                               args.batch_size, args.resolution, bar.update, keeps, steps if args.common_noise else ()):
             latents.append(path)
             log_probs.append(decided)
             if hasattr(predict, "memory"):
@@ -526,7 +527,7 @@ def main(args):
         mine, steps = shares[peers.rank()], choose_steps(args, rng)
         keeps = [KEEPERS[args.keep](policy.unet, steps[i // args.batch_size]) for i in mine[::args.batch_size] if args.keep != "nothing"]
         latents, log_probs, carried, scores = sample_epoch(policy, guide, [asked[i] for i in mine], seeds[mine].tolist(), schedule,
-                                                           reward_fn, args, keeps)
+                                                           reward_fn, args, [steps[i // args.batch_size] for i in mine[::args.batch_size]], keeps)
         scores = together(peers.gather(scores), shares)
         check_scores(scores, asked, epoch, args)
 

@@ -27,7 +27,7 @@ def small(pipeline, tmp_path_factory):
     (folder / "mine.py").write_text(REWARD)
     (folder / "p.txt").write_text("a dog\na cat\n")
     return ["--model", pipeline, "--prompts", str(folder / "p.txt"), "--reward", f"{folder}/mine.py:redness", "--steps", "4",
-            "--groups", "2", "--group-size", "8", "--batch-size", "8", "--guidance", "1", "--lr", "5e-3", "--updates", "1", "--epochs", "6",
+            "--groups", "2", "--group-size", "8", "--batch-size", "8", "--guidance", "1", "--lr", "5e-3", "--updates", "1", "--epochs", "6", "--save-every", "1",
             "--verdict-images", "0", "--preview-every", "2",
             "--timestep-fraction", ".5", "--advantage-scale", "prompt", "--lr-schedule", "constant"]
 
@@ -251,6 +251,17 @@ def test_an_updates_gradient_is_the_plain_loops(pipeline, keep, per_call):
     off = torch.cat([(held.grads[name] - plainly[name]).flatten() for name in trained]).norm()
     assert size > 0 and off / size < 1e-5
     assert told["first_ratio_deviation"] < 1e-5 and told["clipped_share"] == 0
+
+
+def test_a_prompts_pictures_share_all_noise_but_the_learned_steps():
+    """5 noises a picture: the start's and 4 steps'; steps 1 and 2 are free. Nothing is shared with another prompt."""
+    import torch
+    from sample import draw_noise, in_common
+    noise, prompts = draw_noise(range(4), 4, (2, 3, 3)), ["a dog", "a dog", "a cup", "a dog"]
+    shared = in_common(noise, prompts, [1, 2])
+    for i, first in enumerate([0, 0, 2, 0]):
+        for column in range(5):
+            assert torch.equal(shared[i, column], noise[i if column in (2, 3) else first, column])
 
 
 def test_what_sampling_keeps_changes_no_curve(small, uncut, tmp_path):
