@@ -3,7 +3,7 @@
     python train.py                                   # the embedded world, minutes on a laptop
     python train.py --prompts mine.csv --benign coco.csv --model CompVis/stable-diffusion-v1-4 \
         --steps 50 --guidance 5 --batch-size 8 --groups 16 --lr 3e-4 --clip-range 1e-4 \
-        --lr-schedule constant --advantage-scale prompt --timestep-fraction 1 --output-dir out/sd
+        --updates 2 --lr-schedule constant --advantage-scale prompt --timestep-fraction 1 --output-dir out/sd
 
 Each epoch: sample pictures, score them, compare them with their prompt's others, update the policy by
 PPO on the denoising steps (DDPO). Ends with a before/after table on held-out prompts. Writes into
