@@ -82,7 +82,7 @@ class Epoch:
         began, steps = self.wait(), choose_steps(self.args, rng)
         keeps = [KEEPERS[self.args.keep](self.policy.unet, some) for some in steps if self.args.keep != "nothing"]
         batches = list(rollouts(self.policy, self.guide, self.asked, range(len(self.asked)), self.schedule, self.args.guidance,
-                                self.args.batch_size, self.args.resolution, keeps=keeps, free=steps))
+                                self.args.batch_size, self.args.resolution, keeps=keeps, free=steps if self.args.common_noise else ()))
         sampled = self.wait()
         pictures = torch.cat([self.policy.decode(latents[:, -1]).cpu() for _, _, latents, _ in batches]).numpy()
         scores = self.reward_fn(pictures, self.asked)

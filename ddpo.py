@@ -123,15 +123,14 @@ class RewardMemory:
             self.rewards[prompt].extend(rewards)
 
 
-def advantages(rewards, prompts, memory=None, scale="prompt", past=None, floor=1e-6):
+def advantages(rewards, prompts, memory=None, scale="prompt", floor=1e-6):
     """How much better than expected each picture is: (B,) rewards -> (B,) float32.
 
     With a RewardMemory: (r - mean) / (std + floor) over the prompt's remembered rewards, these
     included; a prompt with fewer than `min_count` uses the whole batch's. Without: over the
     prompt's pictures in this batch (group-relative, arXiv 2402.03300). scale="batch" divides by the
     root mean square of all that remains after the means, so that a prompt whose pictures all score
-    alike is not blown up to unit size; scale="prompt" is the papers'. past is a list of earlier batches'
-    mean squares, this one's is added to it and their mean is taken: nor is a batch without much to tell.
+    alike is not blown up to unit size; scale="prompt" is the papers'.
     """
     rewards = rewards.float()
     groups = defaultdict(list)
@@ -147,9 +146,7 @@ def advantages(rewards, prompts, memory=None, scale="prompt", past=None, floor=1
         centred[members] = rewards[members] - reference.mean()
         std[members] = reference.std(correction=0)
     if scale == "batch":
-        past = [] if past is None else past
-        past.append(centred.square().mean().item())
-        std = math.sqrt(sum(past) / len(past))
+        std = centred.square().mean().sqrt()
     return centred / (std + floor)
 
 

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections import deque, namedtuple
+from collections import namedtuple
 
 import peers
 from checkpoint import check_folder, load_checkpoint, save_checkpoint, write, write_metrics
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("reward")
     g.add_argument("--reward", default=None, help="my_file.py:my_function instead of CLIP + nudity")
     g.add_argument("--clip", default=None, help="CLIP model; the model's own clip/, else openai/clip-vit-large-patch14")
-    g.add_argument("--clip-weight", type=float, default=.65, help="weight of the CLIP cosine")
+    g.add_argument("--clip-weight", type=float, default=.5, help="weight of the CLIP cosine")
     g.add_argument("--nudity-weight", type=float, default=1., help="weight of the worst unsafe label's score, 0..1")
     g.add_argument("--gate", type=float, default=None, help="withhold CLIP's part where nudity reaches this")
     g = p.add_argument_group("sampling")
@@ -51,12 +51,12 @@ def parse_args(argv=None):
     g.add_argument("--group-size", type=int, default=8, help="pictures of each prompt")
     g.add_argument("--batch-size", type=int, default=32, help="pictures at once, sampling and learning")
     g.add_argument("--guide", default="plain", help="plain, negative, sld-weak, -medium, -strong, -max, safree, safree-always")
-    g.add_argument("--common-noise", action=argparse.BooleanOptionalAction, default=True, help="a prompt's pictures differ in the noise of the learned steps alone")
+    g.add_argument("--common-noise", action="store_true", help="a prompt's pictures differ in the noise of the learned steps alone")
     g.add_argument("--benign-share", type=float, default=.25, help="share of an epoch's prompts from --benign")
     g = p.add_argument_group("learning")
-    g.add_argument("--epochs", type=int, default=52, help="epochs at most")
+    g.add_argument("--epochs", type=int, default=48, help="epochs at most")
     g.add_argument("--stop-below", type=float, default=None, help="stop when the unsafe share of two epochs is at most this")
-    g.add_argument("--lr", type=float, default=3.3e-3, help="learning rate of AdamW, at first")
+    g.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW, at first")
     g.add_argument("--lr-schedule", default="linear", choices=["linear", "constant"], help="linear: falls to 0 after --epochs")
     g.add_argument("--clip-range", type=float, default=5e-3, help="PPO's, on the ratio of mean log-probs; scales with 1 / latent size (1e-4 for SD)")
     g.add_argument("--updates", type=int, default=2, help="updates an epoch; divides the number of batches")
@@ -473,7 +473,6 @@ def main(args):
         reward_fn = shield_reward(clip, nudity, labels, args.clip_weight, args.nudity_weight, args.gate)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay, fused=policy.device.type == "cuda")
     memory = RewardMemory(args.memory, min(16, args.memory)) if args.memory else None
-    past = deque(maxlen=8)                              # what the last epochs' rewards differed by: see ddpo.advantages
     schedule = policy.schedule(args.steps, args.eta)
     args.train_batch_size = args.train_batch_size or rows_that_fit(policy, guide, schedule, args)
     args.keep = choose_keep(policy, args)
@@ -494,7 +493,6 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
         if memory:
             memory.load_state_dict(state["memory"])
-        past.extend(state["past"])
         rows = state["rows"]
         if lead:
             write_metrics(args.output_dir, rows)        # forget what came after the checkpoint
@@ -532,7 +530,7 @@ def main(args):
         check_scores(scores, asked, epoch, args)
 
         # ---- 3. compare: each picture with its prompt's others
-        advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale, past)
+        advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale)
 
         # ---- 4. update: PPO on every decision
         quiet = np.array([prompt in benign_texts for prompt in asked])
@@ -554,7 +552,7 @@ def main(args):
         if epoch % args.save_every == 0 or finished():
             write_metrics(args.output_dir, rows)
             save_checkpoint(checkpoints, {
-                "epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {}, "past": list(past),
+                "epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {},
                 "weights": {name: p.detach() for name, p in trained.items()},
                 "optimizer": optimizer.state_dict()})
         shown = {name: f"{row[name]:.3f}" for name in ("reward", "clip", "nudity", "unsafe") if name in row}

@@ -109,16 +109,6 @@ def test_remembered_advantages_equal_a_plain_loop_over_epochs():
             assert ours[i].item() == pytest.approx((rewards[i] - known.mean()) / (known.std() + 1e-6), abs=1e-4)
 
 
-def test_the_batchs_scale_remembers_earlier_batches():
-    """Centred, the first batch is -1, 1 and the second -.1, .1: mean squares 1 and .01."""
-    past, prompts = [], ["a", "a"]
-    assert torch.allclose(advantages(torch.tensor([0., 2.]), prompts, scale="batch", past=past), torch.tensor([-1., 1.]), atol=1e-5)
-    second = advantages(torch.tensor([1., 1.2]), prompts, scale="batch", past=past)
-    assert past == pytest.approx([1, .01]) and torch.allclose(second, torch.tensor([-.1, .1]) / .505 ** .5, atol=1e-5)
-    alone = advantages(torch.tensor([1., 1.2]), prompts, scale="batch")
-    assert torch.allclose(alone, torch.tensor([-1., 1.]), atol=1e-4)
-
-
 def test_the_memory_survives_being_saved(tmp_path):
     from prompts import Prompt
     memory, again = RewardMemory(3, 2), RewardMemory(3, 2)
