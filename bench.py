@@ -80,7 +80,8 @@ class Epoch:
         from train import Drawn, choose_steps, learn, sample_epoch
         rng = np.random.default_rng(0)
         began, steps = self.wait(), choose_steps(self.args, rng)
-        keeps = [KEEPERS[self.args.keep](self.policy.unet, some) for some in steps if self.args.keep != "nothing"]
+        new_keeps = lambda: [KEEPERS[self.args.keep](self.policy.unet, some) for some in steps if self.args.keep != "nothing"]
+        keeps = new_keeps()
         batches = list(rollouts(self.policy, self.guide, self.asked, range(len(self.asked)), self.schedule, self.args.guidance,
                                 self.args.batch_size, self.args.resolution, keeps=keeps, free=steps if self.args.common_noise else ()))
         sampled = self.wait()
@@ -94,7 +95,8 @@ class Epoch:
         told = {"sample": sampled - began, "score": scored - sampled, "update": self.wait() - scored}
         if self.device.startswith("cuda"):
             began = self.wait()
-            sample_epoch(self.policy, self.guide, self.asked, list(range(len(self.asked))), self.schedule, self.reward_fn, self.args, steps)
+            sample_epoch(self.policy, self.guide, self.asked, list(range(len(self.asked))), self.schedule, self.reward_fn, self.args, steps,
+                         new_keeps())
             told["sample and score"] = self.wait() - began
         return told
 
