@@ -489,6 +489,7 @@ def main(args):
     for path in args.checkpoint:
         folder, guide = with_guide(path)
         wanted += [(folder, guide)] if guide else [(folder, g) for g in guides]
+    wanted = list(dict.fromkeys(wanted))                # base+plain is the base
     batches = sum(-(-len(file.prompts) // args.batch_size) for file in files.values())
     with tqdm(total=batches * len(wanted), desc="sampling") as bar:
         for checkpoint, guide in wanted:
