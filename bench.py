@@ -75,13 +75,11 @@ class Epoch:
         import numpy as np
         import torch
         from ddpo import advantages
-        from onpolicy import KEEPERS
         from sample import rollouts
-        from train import Drawn, choose_steps, learn, sample_epoch
+        from train import Drawn, choose_steps, learn, new_keeps, sample_epoch
         rng = np.random.default_rng(0)
         began, steps = self.wait(), choose_steps(self.args, rng)
-        new_keeps = lambda: [KEEPERS[self.args.keep](self.policy.unet, some) for some in steps if self.args.keep != "nothing"]
-        keeps = new_keeps()
+        keeps = new_keeps(self.policy, steps, self.args)
         batches = list(rollouts(self.policy, self.guide, self.asked, range(len(self.asked)), self.schedule, self.args.guidance,
                                 self.args.batch_size, self.args.resolution, keeps=keeps, free=steps if self.args.common_noise else ()))
         sampled = self.wait()
@@ -96,7 +94,7 @@ class Epoch:
         if self.device.startswith("cuda"):
             began = self.wait()
             sample_epoch(self.policy, self.guide, self.asked, list(range(len(self.asked))), self.schedule, self.reward_fn, self.args, steps,
-                         new_keeps())
+                         new_keeps(self.policy, steps, self.args))
             told["sample and score"] = self.wait() - began
         return told
 

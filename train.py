@@ -148,7 +148,7 @@ def rows_that_fit(policy, guide, schedule, args):
 
 
 def choose_keep(policy, args):
-    """--keep auto: graphs where pictures are small, each picture's gradients where the LoRA is, else nothing."""
+    """--keep auto: graphs where pictures are small, each picture's gradients where the LoRA is small, else nothing."""
     if args.keep != "auto":
         return args.keep
     if args.updates * args.inner_epochs > 1:
@@ -162,6 +162,12 @@ def choose_keep(policy, args):
 def learned_steps(args):
     """How many of a picture's denoising steps are learned from."""
     return max(1, round(args.steps * args.timestep_fraction))
+
+
+def new_keeps(policy, steps, args):
+    """What sampling keeps of these batches, of which each learns from its steps: one a batch, or nothing."""
+    from onpolicy import KEEPERS
+    return [KEEPERS[args.keep](policy.unet, some) for some in steps] if args.keep in KEEPERS else []
 
 
 def choose_steps(args, rng):
@@ -268,7 +274,8 @@ Settings: `{json.dumps(kept)}`
 def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, steps, keeps=()):
     """One picture a prompt and seed, remembering every denoising decision, and what the reward says of it.
 
-    steps: those that each batch learns from. Returns latents (N, T + 1, C, h, w), log_probs (N, T), the guide's memory, scores {name: float32 (N,)}. On a GPU the reward
+    steps: those that each batch learns from. Returns latents (N, T + 1, C, h, w), log_probs (N, T), the guide's memory,
+    scores {name: float32 (N,)}. On a GPU the reward
     looks at a batch in a thread of its own, while the next one is drawn.
     """
     import numpy as np
@@ -457,7 +464,6 @@ def main(args):
     from judge import clip_of
     from guide import choose_guide
     from model import DTYPES, Policy
-    from onpolicy import KEEPERS
 
     torch.manual_seed(args.seed)                        # every process starts from the same LoRA
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
@@ -523,9 +529,10 @@ def main(args):
         seeds = rng.integers(2 ** 62, size=len(asked))
         shares = [np.flatnonzero(np.arange(len(asked)) // args.batch_size % peers.size() == r) for r in range(peers.size())]
         mine, steps = shares[peers.rank()], choose_steps(args, rng)
-        keeps = [KEEPERS[args.keep](policy.unet, steps[i // args.batch_size]) for i in mine[::args.batch_size] if args.keep != "nothing"]
+        own_steps = [steps[i // args.batch_size] for i in mine[::args.batch_size]]
+        keeps = new_keeps(policy, own_steps, args)
         latents, log_probs, carried, scores = sample_epoch(policy, guide, [asked[i] for i in mine], seeds[mine].tolist(), schedule,
-                                                           reward_fn, args, [steps[i // args.batch_size] for i in mine[::args.batch_size]], keeps)
+                                                           reward_fn, args, own_steps, keeps)
         scores = together(peers.gather(scores), shares)
         check_scores(scores, asked, epoch, args)
 
