@@ -215,7 +215,7 @@ def against(python, args, repeats):
     from sample import choose_device
     dtype = choose_device(args.device, args.dtype, learning=True)[1]
     epoch = Epoch(args, redness)
-    command = [python, os.path.abspath(__file__), "--serve-trl", os.path.abspath(args.model), str(args.batch_size), str(args.steps), str(args.guidance), dtype]
+    command = [os.path.abspath(python), os.path.abspath(__file__), "--serve-trl", os.path.abspath(args.model), str(args.batch_size), str(args.steps), str(args.guidance), dtype]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/tmp") as theirs:
         def answer():
             for line in theirs.stdout:                  # trackers may write there too
