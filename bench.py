@@ -81,7 +81,7 @@ class Epoch:
         began, steps = self.wait(), choose_steps(self.args, rng)
         keeps = new_keeps(self.policy, steps, self.args)
         batches = list(rollouts(self.policy, self.guide, self.asked, range(len(self.asked)), self.schedule, self.args.guidance,
-                                self.args.batch_size, self.args.resolution, keeps=keeps, free=steps if self.args.common_noise else ()))
+                                self.args.batch_size, self.args.resolution, keeps=keeps))
         sampled = self.wait()
         pictures = torch.cat([self.policy.decode(latents[:, -1]).cpu() for _, _, latents, _ in batches]).numpy()
         scores = self.reward_fn(pictures, self.asked)
@@ -93,7 +93,7 @@ class Epoch:
         told = {"sample": sampled - began, "score": scored - sampled, "update": self.wait() - scored}
         if self.device.startswith("cuda"):
             began = self.wait()
-            sample_epoch(self.policy, self.guide, self.asked, list(range(len(self.asked))), self.schedule, self.reward_fn, self.args, steps,
+            sample_epoch(self.policy, self.guide, self.asked, list(range(len(self.asked))), self.schedule, self.reward_fn, self.args,
                          new_keeps(self.policy, steps, self.args))
             told["sample and score"] = self.wait() - began
         return told

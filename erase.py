@@ -11,14 +11,14 @@ iteration draws a batch; pictures are made on the project's own schedule (--step
 Cut off at any moment, the same command goes on to the same result.
 """
 import argparse
-import json
 import os
 import re
 from collections import namedtuple
 from contextlib import contextmanager
 
+from card import model_card
 from checkpoint import check_folder, load_checkpoint, save_checkpoint, write, write_metrics
-from prompts import UserError, draw, read
+from prompts import UserError, read, walk
 from sample import add_common_options, check_common, choose_device, draw_noise, generate, pixelate, run, spread
 
 MOSAIC = 4                              # of the tiny world's 8 x 8 mosaics 29 % trip the detector after the VAE, of 4 x 4 ones 2 %
@@ -237,30 +237,6 @@ def choose_weights(policy, pattern, args):
     return {name: p for name, p in every.items() if p.requires_grad}
 
 
-def model_card(args, rows):
-    load = {"lora": f'pipe.load_lora_weights("{args.output_dir}")',
-            "weights": f'pipe.unet = UNet2DConditionModel.from_pretrained("{args.output_dir}", subfolder="unet")'}[args.trainable]
-    return f"""---
-base_model: {args.model}
-library_name: diffusers
-license: other
-tags: [text-to-image, {args.trainable}, {args.method}, safety]
----
-# {os.path.basename(args.output_dir)}
-
-`{args.model}` with a concept erased by {args.method}: {METHODS[args.method].step.__name__}_loss in erase.py names its paper.
-
-```python
-pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None)
-{load}
-```
-
-Last iterations: `{json.dumps(rows[-1])}`
-
-Settings: `{json.dumps({k: v for k, v in vars(args).items() if v is not None})}`
-"""
-
-
 # ---- the loop -----------------------------------------------------------------------------------------------------
 
 def main(args):
@@ -311,7 +287,7 @@ def main(args):
         rng = np.random.default_rng([args.seed, i])     # an iteration's randomness is its number's, so that a resumed run is the same
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (i + 1) / max(1, args.warm_up))
-        loss = method.step(job, draw(prompts, [], args.batch_size, 0, args.seed, i + 1), rng)
+        loss = method.step(job, walk(prompts, args.batch_size, args.seed, i + 1), rng)
         if not torch.isfinite(loss):
             raise UserError(f"iteration {i + 1}: the loss is {loss.item()}; the update was refused, the last good checkpoint stands")
         loss.backward()
@@ -328,7 +304,8 @@ def main(args):
             save_checkpoint(checkpoints, {"epoch": i + 1, "rows": rows, "weights": copy(), "teacher": job.teacher or {},
                                           "optimizer": optimizer.state_dict()})
     with wearing(trained, job.teacher or copy()):
-        policy.save(args.output_dir, model_card(args, rows))
+        what = f"with a concept erased by {args.method}: {method.step.__name__}_loss in erase.py names its paper."
+        policy.save(args.output_dir, model_card(args, what, args.method, rows[-1]))
     print(f"the model is in {args.output_dir}", flush=True)
 
 

@@ -224,19 +224,33 @@ def parse(row, place, where, given=None):
 
 # ---- drawing -----------------------------------------------------------------------------------
 
-def draw(prompts, benign, groups, benign_share, seed, epoch):
+def draw(prompts, benign, groups, benign_share, seed, epoch, seen=None, hardness=0.):
     """`groups` prompts for one epoch (1, 2, ...); about benign_share of them benign.
 
-    Each list is walked in a random order, over the epochs: no prompt comes twice before all came once.
+    Each list is walked in a random order, over the epochs: no prompt comes twice before all came once. From then on, where hardness
+    is above 0, those to make safe are drawn, without putting back, with chances exp(-hardness z), z the mean reward of a prompt's
+    last pictures (seen: {prompt: mean}) in standard deviations above that of all prompts: what is still unsafe comes oftener.
     """
     import numpy as np
     quiet = round(groups * benign_share) if benign else 0
-    picked = []
-    for source, count in ((prompts, groups - quiet), (benign, quiet)):
-        orders = {}                         # one order a walk, a function of the seed and its number
-        for position in range((epoch - 1) * count, epoch * count):
-            walk, place = divmod(position, len(source))
-            if walk not in orders:
-                orders[walk] = np.random.default_rng([seed, walk]).permutation(len(source))
-            picked.append(source[orders[walk][place]])
+    count = groups - quiet
+    if hardness and all(prompt in seen for prompt in prompts):
+        last = np.array([seen[prompt] for prompt in prompts])
+        z = (last - last.mean()) / (last.std() + 1e-6)
+        luck = np.random.default_rng([seed, epoch, len(prompts)]).gumbel(size=len(prompts))     # Gumbel's top of log-chances is such a draw
+        picked = [prompts[i] for i in np.resize(np.argsort(hardness * z - luck), count)]
+    else:
+        picked = walk(prompts, count, seed, epoch)
+    return picked + walk(benign, quiet, seed, epoch)
+
+
+def walk(prompts, count, seed, epoch):
+    """An epoch's next `count` of a list that is walked in a new random order each time it was walked through."""
+    import numpy as np
+    orders, picked = {}, []                 # one order a walk, a function of the seed and its number
+    for position in range((epoch - 1) * count, epoch * count):
+        number, place = divmod(position, len(prompts))
+        if number not in orders:
+            orders[number] = np.random.default_rng([seed, number]).permutation(len(prompts))
+        picked.append(prompts[orders[number][place]])
     return picked

@@ -23,30 +23,15 @@ def draw_noise(seeds, steps, shape):
                         for s in seeds])
 
 
-def in_common(noise, prompts, free):
-    """A copy of noise (B, T + 1, C, H, W) where the pictures of a prompt share the first one's, but for the steps in free.
-
-    Common random numbers: rewards of a group then differ by the decisions at these steps alone, and not by luck elsewhere.
-    """
-    shared = noise[[prompts.index(prompt) for prompt in prompts]]
-    columns = [k + 1 for k in free]
-    shared[:, columns] = noise[:, columns]
-    return shared
-
-
-def rollouts(policy, guide, prompts, seeds, schedule, guidance, batch_size=32, resolution=None, tick=lambda: None, keeps=(), free=()):
+def rollouts(policy, guide, prompts, seeds, schedule, guidance, batch_size=32, resolution=None, tick=lambda: None, keeps=()):
     """Denoise one picture a prompt and seed, in batches: yields (slice, predict, latents, log_probs) of each.
 
     A prompt's own guidance goes before `guidance`; keeps, one a batch or none, latents and log_probs are ddpo.rollout's.
-    free: a list of steps a batch, or nothing; all noise but theirs is then the same for a batch's pictures of one prompt.
     """
     from ddpo import rollout
-    for start, keep, steps in itertools.zip_longest(range(0, len(prompts), batch_size), keeps, free):
+    for start, keep in itertools.zip_longest(range(0, len(prompts), batch_size), keeps):
         part = slice(start, start + batch_size)
-        noise = draw_noise(seeds[part], len(schedule.t), policy.latent_shape(resolution))
-        if steps is not None:
-            noise = in_common(noise, prompts[part], steps)
-        noise = noise.to(policy.device)
+        noise = draw_noise(seeds[part], len(schedule.t), policy.latent_shape(resolution)).to(policy.device)
         predict = guide(policy, prompts[part], guidance_of(prompts[part], guidance))
         yield part, predict, *rollout(predict, noise, schedule, policy.prediction_type, tick, keep)
 

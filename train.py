@@ -11,14 +11,15 @@ PPO on the denoising steps (DDPO). Ends with a before/after table on held-out pr
 kohya's formats, a model card. Cut off at any moment, the same command goes on to the same result.
 """
 import argparse
-import io
 import json
 import math
 import os
 import time
 from collections import namedtuple
+from functools import partial
 
 import peers
+from card import model_card, run_card, save_curve, save_preview
 from checkpoint import check_folder, load_checkpoint, save_checkpoint, write, write_metrics
 from prompts import UserError, draw, read
 from sample import add_common_options, check_common, choose_device, run
@@ -51,7 +52,7 @@ def parse_args(argv=None):
     g.add_argument("--group-size", type=int, default=8, help="pictures of each prompt")
     g.add_argument("--batch-size", type=int, default=32, help="pictures at once, sampling and learning")
     g.add_argument("--guide", default="plain", help="plain, negative, sld-weak, -medium, -strong, -max, safree, safree-always")
-    g.add_argument("--common-noise", action="store_true", help="a prompt's pictures differ in the noise of the learned steps alone")
+    g.add_argument("--hardness", type=float, default=.5, help="how much oftener a prompt comes whose last pictures earned less; 0: all alike")
     g.add_argument("--benign-share", type=float, default=.25, help="share of an epoch's prompts from --benign")
     g = p.add_argument_group("learning")
     g.add_argument("--epochs", type=int, default=48, help="epochs at most")
@@ -116,8 +117,9 @@ def check(args):
                         "so give --updates 1 --inner-epochs 1, or --keep nothing")
     if args.keep == "gradients" and (args.trainable == "full" or args.compile or args.gradient_checkpointing):
         raise UserError("--keep: gradients is given; it needs --trainable lora, and neither --compile nor --gradient-checkpointing")
-    if args.memory < 0:
-        raise UserError(f"--memory: {args.memory} is given; 0 or more are allowed")
+    for option in ("memory", "hardness"):
+        if not getattr(args, option) >= 0:
+            raise UserError(f"--{option}: {getattr(args, option)} is given; 0 or more are allowed")
     if args.benign and round(args.groups * args.benign_share) == args.groups:
         raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts "
                         "leaves none to make safe; give less")
@@ -177,105 +179,12 @@ def choose_steps(args, rng):
     return [sorted((range(args.steps) if early else rng.permutation(args.steps))[:learned_steps(args)]) for _ in range(batches)]
 
 
-# ---- what a person sees ----------------------------------------------------------------------------
-
-def run_card(args, policy, trained, prompts, benign, refused, device, dtype, why):
-    count = lambda n: f"{n / 1e6:.2f} M" if n >= 1e5 else str(n)
-    pictures = args.groups * args.group_size
-    rows = pictures * (1 if args.guidance == 1 else 2)                      # guidance has two halves
-    total = sum(p.numel() for p in policy.unet.parameters())
-    weights = sum(p.numel() for p in trained.values())
-    reward = args.reward or f"{args.clip_weight:g} clip - {args.nudity_weight:g} max({args.unsafe_labels})"
-    if args.gate is not None and not args.reward:
-        reward += f", gate {args.gate:g}"
-    if args.benign_weight and benign:
-        reward += f"; pull of benign prompts to the base {args.benign_weight:g}"
-    print(f"model          {args.model}, {policy.prediction_type}; "
-          f"trained {count(weights)} of {count(total)} UNet weights ({args.trainable})\n"
-          f"device         {device}, {dtype}: {why}\n"
-          f"prompts        {len(prompts)} to make safe, {len(benign)} benign; "
-          f"{refused} refused for mentioning minors\n"
-          f"reward         {reward}\n"
-          f"an epoch       {args.groups} prompts x {args.group_size} = {pictures} pictures "
-          f"of {args.steps} steps, {args.updates * args.inner_epochs} updates\n"
-          f"UNet rows      {rows * args.steps} forward to sample, {rows * learned_steps(args) * args.inner_epochs} "
-          + (f"forward and backward to learn, an epoch; a learning call holds {args.train_batch_size} picture-timesteps" if args.keep == "nothing" else
-             f"of them backward too, an epoch: sampling keeps {args.keep}, so the only update is on-policy and its ratio 1")
-          + (f"; {peers.size()} processes share the batches" if peers.size() > 1 else ""), flush=True)
-
-
-def save_preview(path, policy, guide, prompts, args, nudity, columns):
-    """A grid with fixed prompts and seeds, pixelated where the detector fires."""
-    if not args.preview_images:
-        return
-    from reward import THRESHOLD
-    from sample import generate, grid, pixelate, spread
-    picked, seeds = spread(prompts, args.preview_images, 2_000_000)
-    pictures = generate(policy, guide, picked, seeds, args.steps, args.eta, args.guidance, args.batch_size,
-                        args.resolution)
-    fires = nudity(pictures)[:, columns].max(1) >= THRESHOLD
-    buffer = io.BytesIO()
-    grid(pictures if args.no_censor else pixelate(pictures, fires)).save(buffer, "PNG")
-    write(path, buffer.getvalue())
-
-
-def save_curve(path, rows):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    names = [n for n in ("reward", "clip", "nudity", "unsafe") if n in rows[0]]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), squeeze=False)
-    for axis, name in zip(axes[0], names):
-        for prefix, label in (("", "to make safe"), ("benign_", "benign")):
-            if prefix + name in rows[0]:
-                axis.plot([r["epoch"] for r in rows], [r.get(prefix + name) for r in rows], label=label)
-        axis.set(title=name, xlabel="epoch")
-    axes[0, 0].legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, bbox_inches="tight", dpi=110)
-    plt.close(figure)
-    write(path, buffer.getvalue())
-
-
-def model_card(args, rows, verdict=""):
-    kept = {k: v for k, v in vars(args).items() if v is not None}
-    last = {k: round(v, 4) for k, v in rows[-1].items()}
-    pipe = f'pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None'
-    if args.trainable == "lora":
-        how = f'{pipe})\npipe.load_lora_weights("{args.output_dir}")'
-    else:
-        how = (f'unet = UNet2DConditionModel.from_pretrained("{args.output_dir}", subfolder="unet")\n'
-               f"{pipe}, unet=unet)")
-    return f"""---
-base_model: {args.model}
-library_name: diffusers
-license: other
-tags: [text-to-image, {args.trainable}, ddpo, safety, shielddiff]
----
-# {os.path.basename(args.output_dir)}
-
-`{args.model}` fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward,
-after ShieldDiff (arXiv 2410.05309).
-
-```python
-{how}
-```
-
-{verdict}
-
-Last epoch: `{json.dumps(last)}`
-
-Settings: `{json.dumps(kept)}`
-"""
-
-
 # ---- the stages of an epoch ------------------------------------------------------------------------
 
-def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, steps, keeps=()):
+def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, keeps=()):
     """One picture a prompt and seed, remembering every denoising decision, and what the reward says of it.
 
-    steps: those that each batch learns from. Returns latents (N, T + 1, C, h, w), log_probs (N, T), the guide's memory,
-    scores {name: float32 (N,)}. On a GPU the reward
+    Returns latents (N, T + 1, C, h, w), log_probs (N, T), the guide's memory, scores {name: float32 (N,)}. On a GPU the reward
     looks at a batch in a thread of its own, while the next one is drawn.
     """
     import numpy as np
@@ -289,7 +198,7 @@ def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, steps, 
     with (tqdm(total=len(asked) // args.batch_size * args.steps, desc="sampling", leave=False, disable=peers.rank() > 0) as bar,
           ThreadPoolExecutor(1) as judge):
         for part, predict, path, decided in rollouts(policy, guide, asked, seeds, schedule, args.guidance,
-                                               args.batch_size, args.resolution, bar.update, keeps, steps if args.common_noise else ()):
+                                               args.batch_size, args.resolution, bar.update, keeps):
             latents.append(path)
             log_probs.append(decided)
             if hasattr(predict, "memory"):
@@ -488,9 +397,9 @@ def main(args):
         print(f"compiled the UNet in {time.time() - began:.0f} s" * lead, flush=True)
     if lead:
         write(os.path.join(args.output_dir, "args.json"), settings)     # from here on the folder is this run's
-        run_card(args, policy, trained, prompts, benign, refused, device, dtype, why)
+        run_card(args, policy, trained, prompts, benign, refused, learned_steps(args), device, dtype, why)
 
-    checkpoints, rows = os.path.join(args.output_dir, "checkpoints"), []
+    checkpoints, rows, seen = os.path.join(args.output_dir, "checkpoints"), [], {}
     state = load_checkpoint(checkpoints)
     if state:
         with torch.no_grad():
@@ -499,7 +408,7 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
         if memory:
             memory.load_state_dict(state["memory"])
-        rows = state["rows"]
+        rows, seen = state["rows"], state["seen"]
         if lead:
             write_metrics(args.output_dir, rows)        # forget what came after the checkpoint
             print(f"going on after epoch {len(rows)}", flush=True)
@@ -524,17 +433,17 @@ def main(args):
             group["lr"] = args.lr * (1 if args.lr_schedule == "constant" else 1 - (epoch - 1) / args.epochs)
 
         # ---- 1. sample, and 2. score: every prompt group_size times, remembering each denoising decision
-        prompts_drawn = draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch)
+        prompts_drawn = draw(prompts, benign, args.groups, args.benign_share, args.seed, epoch, seen, args.hardness)
         asked = [prompt for prompt in prompts_drawn for _ in range(args.group_size)]
         seeds = rng.integers(2 ** 62, size=len(asked))
         shares = [np.flatnonzero(np.arange(len(asked)) // args.batch_size % peers.size() == r) for r in range(peers.size())]
         mine, steps = shares[peers.rank()], choose_steps(args, rng)
-        own_steps = [steps[i // args.batch_size] for i in mine[::args.batch_size]]
-        keeps = new_keeps(policy, own_steps, args)
+        keeps = new_keeps(policy, [steps[i // args.batch_size] for i in mine[::args.batch_size]], args)
         latents, log_probs, carried, scores = sample_epoch(policy, guide, [asked[i] for i in mine], seeds[mine].tolist(), schedule,
-                                                           reward_fn, args, own_steps, keeps)
+                                                           reward_fn, args, keeps)
         scores = together(peers.gather(scores), shares)
         check_scores(scores, asked, epoch, args)
+        seen |= zip(map(str, prompts_drawn), scores["reward"].reshape(-1, args.group_size).mean(1).tolist())
 
         # ---- 3. compare: each picture with its prompt's others
         advantage = advantages(torch.from_numpy(scores["reward"]), asked, memory, args.advantage_scale)
@@ -559,7 +468,7 @@ def main(args):
         if epoch % args.save_every == 0 or finished():
             write_metrics(args.output_dir, rows)
             save_checkpoint(checkpoints, {
-                "epoch": epoch, "rows": rows, "memory": memory.state_dict() if memory else {},
+                "epoch": epoch, "rows": rows, "seen": seen, "memory": memory.state_dict() if memory else {},
                 "weights": {name: p.detach() for name, p in trained.items()},
                 "optimizer": optimizer.state_dict()})
         shown = {name: f"{row[name]:.3f}" for name in ("reward", "clip", "nudity", "unsafe") if name in row}
@@ -576,7 +485,9 @@ def main(args):
     # ---- the verdict
     preview(len(rows))
     save_curve(os.path.join(args.output_dir, "curve.png"), rows)
-    policy.save(args.output_dir, model_card(args, rows))
+    last = {name: round(value, 4) for name, value in rows[-1].items()}
+    card = partial(model_card, args, "fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after ShieldDiff (arXiv 2410.05309).", "ddpo, shielddiff", last)
+    policy.save(args.output_dir, card())
     if verdict:
         from evaluate import compare, drawn_row, open_file
         from judge import load_tools
@@ -592,7 +503,7 @@ def main(args):
         told = to_markdown(files, table, headline=True)
         print(told)
         write(os.path.join(args.output_dir, "verdict.json"), json.dumps(rounded(table), indent=1).encode())
-        write(os.path.join(args.output_dir, "README.md"), model_card(args, rows, told).encode())
+        write(os.path.join(args.output_dir, "README.md"), card(told).encode())
     print(f"the fine-tuned model is in {args.output_dir}", flush=True)
 
 

@@ -108,3 +108,15 @@ def test_drawing_walks_on_from_epoch_to_epoch_and_needs_no_memory_of_the_past():
     walked = sum(epochs, [])
     assert sorted(walked[:5]) == sorted(walked[5:]) == list("abcde") and walked[:5] != walked[5:]
     assert draw(list("abcde"), [], 2, 0, 3, 4) == epochs[3]
+
+
+def test_once_all_were_seen_a_prompt_that_earned_less_comes_oftener():
+    """Rewards 0, 1, 1, 1: in deviations from the mean -1.73 and .58 thrice, so with hardness .5 the first's chance is
+    e^.866 / (e^.866 + 3 e^-.289) = .514."""
+    seen, prompts = {"a": 0., "b": 1., "c": 1., "d": 1.}, list("abcd")
+    picked = [draw(prompts, [], 1, 0, 0, epoch, seen, .5)[0] for epoch in range(4000)]
+    assert picked.count("a") / 4000 == pytest.approx(.514, abs=.025)
+    assert sorted(draw(prompts, [], 4, 0, 0, 7, seen, 50.)) == prompts                  # nobody twice
+    assert draw(prompts, ["x"], 2, .5, 0, 7, seen, 50.) == ["a", "x"]
+    del seen["d"]
+    assert draw(prompts, [], 2, 0, 0, 1, seen, .5) == draw(prompts, [], 2, 0, 0, 1)     # until then it walks

@@ -253,17 +253,6 @@ def test_an_updates_gradient_is_the_plain_loops(pipeline, keep, per_call):
     assert told["first_ratio_deviation"] < 1e-5 and told["clipped_share"] == 0
 
 
-def test_a_prompts_pictures_share_all_noise_but_the_learned_steps():
-    """5 noises a picture: the start's and 4 steps'; steps 1 and 2 are free. Nothing is shared with another prompt."""
-    import torch
-    from sample import draw_noise, in_common
-    noise, prompts = draw_noise(range(4), 4, (2, 3, 3)), ["a dog", "a dog", "a cup", "a dog"]
-    shared = in_common(noise, prompts, [1, 2])
-    for i, first in enumerate([0, 0, 2, 0]):
-        for column in range(5):
-            assert torch.equal(shared[i, column], noise[i if column in (2, 3) else first, column])
-
-
 def test_what_sampling_keeps_changes_no_curve(small, uncut, tmp_path):
     """Whole runs: a second forward and each picture's gradients against the graphs of the uncut run."""
     first = [json.loads(line)["reward"] for line in open(f"{uncut}/metrics.jsonl")]
