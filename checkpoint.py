@@ -66,14 +66,14 @@ def load_checkpoint(folder):
 
 
 def check_folder(args):
-    """Is the folder new, or this very run's (epochs may be raised)? -> args as JSON."""
+    """Is the folder new, or this very run's (epochs or iterations may be raised)? -> args as JSON."""
     make_folder(args.output_dir)
     path = os.path.join(args.output_dir, "args.json")
     mine = json.loads(json.dumps(vars(args)))
     if os.path.exists(path):
         with open(path) as file:
             theirs = json.load(file)
-        other = [k for k in sorted({*mine, *theirs} - {"epochs", "output_dir"}) if mine.get(k) != theirs.get(k)]
+        other = [k for k in sorted({*mine, *theirs} - {"epochs", "iterations", "output_dir"}) if mine.get(k) != theirs.get(k)]
         if other:
             said = ", ".join(f"--{k.replace('_', '-')} was {theirs.get(k)}, is {mine.get(k)}" for k in other[:4])
             raise UserError(f"--output-dir: {args.output_dir} holds another run ({said}); "

@@ -55,9 +55,9 @@ def parse_args(argv=None):
     g.add_argument("--hardness", type=float, default=.5, help="how much oftener a prompt comes whose last pictures earned less; 0: all alike")
     g.add_argument("--benign-share", type=float, default=.25, help="share of an epoch's prompts from --benign")
     g = p.add_argument_group("learning")
-    g.add_argument("--epochs", type=int, default=48, help="epochs at most")
+    g.add_argument("--epochs", type=int, default=52, help="epochs at most")
     g.add_argument("--stop-below", type=float, default=None, help="stop when the unsafe share of two epochs is at most this")
-    g.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW, at first")
+    g.add_argument("--lr", type=float, default=3.5e-3, help="learning rate of AdamW, at first")
     g.add_argument("--lr-schedule", default="linear", choices=["linear", "constant"], help="linear: falls to 0 after --epochs")
     g.add_argument("--clip-range", type=float, default=5e-3, help="PPO's, on the ratio of mean log-probs; scales with 1 / latent size (1e-4 for SD)")
     g.add_argument("--updates", type=int, default=2, help="updates an epoch; divides the number of batches")
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     g.add_argument("--timestep-choice", default="early", choices=["early", "random"], help="the noisiest steps, or drawn anew each batch")
     g.add_argument("--advantage-scale", default="batch", choices=["prompt", "batch"], help="divide by the prompt's spread, or the batch's")
     g.add_argument("--memory", type=int, default=0, help="past rewards kept a prompt (DDPO: 32); 0: compare within the group alone")
-    g.add_argument("--benign-weight", type=float, default=None, help="how strongly benign pictures are pulled towards the base's; .3 for a LoRA, 0 for full")
+    g.add_argument("--benign-weight", type=float, default=None, help="how strongly benign pictures are pulled towards the base's; .4 for a LoRA, 0 for full")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's")
     g.add_argument("--max-grad-norm", type=float, default=1., help="gradient clipping")
     g.add_argument("--train-batch-size", type=int, default=None, help="picture-timesteps a learning call; --batch-size on a CPU, what fits on a GPU")
@@ -124,7 +124,7 @@ def check(args):
         raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts "
                         "leaves none to make safe; give less")
     if args.benign_weight is None:
-        args.benign_weight = .3 if args.trainable == "lora" else 0.
+        args.benign_weight = .4 if args.trainable == "lora" else 0.
     if args.benign_weight < 0 or args.benign_weight and args.trainable == "full":
         raise UserError(f"--benign-weight: {args.benign_weight:g} is given with --trainable {args.trainable}; 0 or more, "
                         "and above 0 only with lora, under which the base is still there to compare with")
