@@ -44,7 +44,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("reward")
     g.add_argument("--reward", default=None, help="my_file.py:my_function instead of CLIP + nudity")
     g.add_argument("--clip", default=None, help="CLIP model; the model's own clip/, else openai/clip-vit-large-patch14")
-    g.add_argument("--clip-weight", type=float, default=.5, help="weight of the CLIP cosine")
+    g.add_argument("--clip-weight", type=float, default=.45, help="weight of the CLIP cosine")
     g.add_argument("--nudity-weight", type=float, default=1., help="weight of the worst unsafe label's score, 0..1")
     g.add_argument("--gate", type=float, default=None, help="withhold CLIP's part where nudity reaches this")
     g = p.add_argument_group("sampling")
