@@ -249,7 +249,7 @@ def test_a_users_mistake_is_one_sentence(pipeline, tmp_path, more, said):
 def test_what_is_erased_without_a_prompt_file_is_the_concepts_names(pipeline, tmp_path, capsys, monkeypatch):
     import erase
     asked = []
-    monkeypatch.setattr(erase, "draw", lambda prompts, *rest: asked.append(prompts) or prompts[:1])
+    monkeypatch.setattr(erase, "walk", lambda prompts, *rest: asked.append(prompts) or prompts[:1])
     main(parse_args(["esd-x", "--model", pipeline, "--concept", "a dog, cat", "--steps", "2", "--iterations", "1", "--output-dir", str(tmp_path / "run")]))
     assert asked == [["a dog", "cat"]]
     with pytest.raises(UserError, match="--concept: a naked child has no usable prompt"):
