@@ -170,7 +170,7 @@ def to_latents(policy, pictures):
 # is kept, and saved in the end as SDD does; defaults: of a few tried on the tiny world's weights; those of a LoRA are untried
 Method = namedtuple("Method", "step weights prepare teacher defaults")
 METHODS = {
-    "esd-x": Method(esd, r".*attn2", None, False, dict(iterations=150, weights_lr=2e-4, lora_lr=1e-3)),
+    "esd-x": Method(esd, r".*attn2", None, False, dict(iterations=150, weights_lr=2e-4, lora_lr=3e-4)),
     "esd-u": Method(esd, r"(?!.*attn2)", None, False, dict(iterations=150, weights_lr=4e-5, lora_lr=1e-3)),
     "sdd": Method(sdd, r".*attn2", None, True, dict(iterations=150, weights_lr=1.4e-4, lora_lr=1e-3, warm_up=50)),
     "safegen": Method(safegen, r".*attn1", triples, False, dict(iterations=300, weights_lr=1e-3, lora_lr=1e-3)),
