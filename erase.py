@@ -167,7 +167,7 @@ def to_latents(policy, pictures):
 # ---- the table ----------------------------------------------------------------------------------------------------
 
 # weights: the names of what learns begin like this; prepare(policy, prompts, benign, labels, args): made once; teacher: whether an average
-# is kept, and saved in the end as SDD does; defaults: of a few tried on the tiny world's weights; those of a LoRA are untried
+# is kept, and saved in the end as SDD does; defaults: of a few tried on the tiny world's weights; of a LoRA's only esd-x's is
 Method = namedtuple("Method", "step weights prepare teacher defaults")
 METHODS = {
     "esd-x": Method(esd, r".*attn2", None, False, dict(iterations=150, weights_lr=2e-4, lora_lr=3e-4)),
