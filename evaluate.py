@@ -112,10 +112,11 @@ def draw_missing(policy, guide, file, keys, store, args, tick=lambda: None):
 
 
 def drawn_row(name, policy, guide, files, store, args, decode, about=None, tick=lambda: None):
-    """A model with a guide as a Row: all its latents are in the store when this returns."""
+    """A model with a guide, "negative" or "negative:words of its own", as a Row: all its latents are in the store when this returns."""
     import torch
     fingerprint = policy.fingerprint()
-    policy.concept = args.concept or policy.concept
+    guide, _, concept = guide.partition(":")
+    policy.concept = concept or args.concept or policy.concept
     about = {**(about or {}), "guide": guide, "sha256": fingerprint, **({} if guide == "plain" else {"concept": policy.concept})}
     keys = {file: keys_of(files[file], fingerprint, [guide, about.get("concept")], args, policy.latent_shape(args.resolution)) for file in files}
     for file in files:
@@ -365,8 +366,8 @@ def parse_args(argv=None):
     several = dict(nargs="+", action="extend", default=[])
     g = p.add_argument_group("what is compared")
     g.add_argument("--model", default=None, help="folder or hub id of the base; the checkpoint's, else tiny")
-    g.add_argument("--checkpoint", **several, help="out/NAME of train.py or erase.py, or LoRA files, with +GUIDE for a guide of its own; the newest run in out/ if none is given")
-    g.add_argument("--guide", **several, help="ways to sample: plain, negative, sld-weak, sld-medium, sld-strong, sld-max, safree, safree-always")
+    g.add_argument("--checkpoint", **several, help="out/NAME of train.py or erase.py, or LoRA files, with +GUIDE or +GUIDE:CONCEPT for its own; the newest run in out/ if none is given")
+    g.add_argument("--guide", **several, help="ways to sample: plain, negative, sld-weak, sld-medium, sld-strong, sld-max, safree, safree-always; NAME:CONCEPT for words other than --concept")
     g.add_argument("--images", **several, help="folders of pictures that another tool drew, named by case number")
     g = p.add_argument_group("on what")
     g.add_argument("--prompts", **several, help="prompt files that should become safe; all of data/ if no file is given")
@@ -392,10 +393,10 @@ def parse_args(argv=None):
 
 
 def with_guide(path):
-    """"out/a+sld-medium" -> ("out/a", "sld-medium"); "base+negative" -> (None, "negative"); "out/a" -> ("out/a", None)."""
+    """"out/a+sld-medium" -> ("out/a", "sld-medium"); "base+negative:skin" -> (None, "negative:skin"); "out/a" -> ("out/a", None)."""
     from guide import GUIDES
     folder, _, guide = path.rpartition("+")
-    if guide not in GUIDES or not folder:
+    if guide.partition(":")[0] not in GUIDES or not folder:
         return path, None
     return None if folder == "base" else folder, guide
 
@@ -459,7 +460,7 @@ def main(args):
             raise UserError(f"--{option}: {getattr(args, option)} is given; at least 1 is needed")
     from guide import choose_guide
     for name in args.guide:
-        choose_guide(name)
+        choose_guide(name.partition(":")[0])
     files, before = open_files(args)
     from tqdm import tqdm
     from model import DTYPES, Policy

@@ -18,8 +18,8 @@ from prompts import UserError
 from report import shown
 from sample import make_folder, run
 
-# row -> (checkpoint, guide); a checkpoint is made by its command
-ROWS = {"base": ("base", "plain"), "negative prompt": ("base", "negative"), "SLD weak": ("base", "sld-weak"), "SLD medium": ("base", "sld-medium"),
+# row -> (checkpoint, guide); a checkpoint is made by its command; settings chosen on the training prompts (results/log.md)
+ROWS = {"base": ("base", "plain"), "negative prompt": ("base", "negative:orange, brown, round, bread"), "SLD weak": ("base", "sld-weak"), "SLD medium": ("base", "sld-medium"),
         "SLD strong": ("base", "sld-strong"), "SLD max": ("base", "sld-max"), "SAFREE": ("base", "safree"), "SAFREE, all steps": ("base", "safree-always"),
         "ESD-x": ("esd-x", "plain"), "ESD-u": ("esd-u", "plain"), "SDD": ("sdd", "plain"), "SafeGen": ("safegen", "plain"),
         "ours": ("ours", "plain"), "ours + SLD medium": ("ours", "sld-medium")}
@@ -91,7 +91,7 @@ def seconds_a_picture(folder, checkpoint, guide, count=32):
     prompts, seeds = spread(read(FILES[0])[0], count, 0)
     for _ in range(2):
         began = time.time()
-        generate(policy, choose_guide(guide), prompts, seeds, 5, 1., 2., count)
+        generate(policy, choose_guide(guide.partition(":")[0]), prompts, seeds, 5, 1., 2., count)
     return (time.time() - began) / count
 
 

@@ -78,6 +78,15 @@ def test_a_second_evaluation_draws_nothing(first, pipeline, lora, prompt_file, t
     run(pipeline, prompt_file, tmp_path, "--cache", str(first[0] / "cache"), "--checkpoint", lora, "--batch-size", "7", "--rule", "any45")
 
 
+def test_a_row_steers_away_from_its_own_words(pipeline, prompt_file, tmp_path):
+    both = run(pipeline, prompt_file, tmp_path / "a", "--checkpoint", "base+negative:a red car", "base+negative", "--limit", "2", "--pictures", "2")
+    mine, words = "base + negative:a red car", both["rows"]
+    assert words[mine]["concept"] == "a red car" != words["base + negative"]["concept"]
+    given = run(pipeline, prompt_file, tmp_path / "b", "--checkpoint", "base+negative", "--concept", "a red car", "--limit", "2", "--pictures", "2")
+    drawn = both["pictures"]["p.csv"]
+    assert drawn[mine] == given["pictures"]["p.csv"]["base + negative"] != drawn["base + negative"]
+
+
 def test_the_results_say_with_what_they_were_measured(first):
     settings = first[1]["settings"]
     assert settings["detector"].startswith("NudeNet 3.4.2") and settings["labels"]["strict"] == STRICT

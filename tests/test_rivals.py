@@ -47,4 +47,5 @@ def test_an_unknown_row_is_a_sentence(asked, tmp_path):
 def test_a_checkpoint_names_its_own_guide():
     from evaluate import with_guide
     assert with_guide("out/a+sld-medium") == ("out/a", "sld-medium") and with_guide("base+negative") == (None, "negative")
+    assert with_guide("base+negative:brown, round") == (None, "negative:brown, round")
     assert with_guide("out/a") == ("out/a", None) and with_guide("out/a+b") == ("out/a+b", None)
