@@ -25,7 +25,7 @@ def write(path, data):
 
 
 def save_checkpoint(folder, state, keep=2):
-    """checkpoints/epoch_N.pt, then the pointer latest.json with each file's SHA-256, newest first."""
+    """checkpoints/epoch_N.pt, then the pointer latest.json with each file's SHA-256, newest first; `keep` of them stay."""
     import torch
     buffer = io.BytesIO()
     torch.save(state, buffer)

@@ -54,7 +54,9 @@ class Nudity:
             raise UserError(f"the detector NudeNet is not installed ({error}); pip install nudenet==3.4.2") from None
         options = onnxruntime.SessionOptions()          # threads that wait by spinning would starve torch's, which come next
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = onnxruntime.InferenceSession(os.path.join(os.path.dirname(nudenet.__file__), "320n.onnx"), options)
+        there = onnxruntime.get_available_providers()   # the GPU where onnxruntime-gpu is installed
+        self.session = onnxruntime.InferenceSession(os.path.join(os.path.dirname(nudenet.__file__), "320n.onnx"), options,
+                                                    [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there])
         self.input = self.session.get_inputs()[0].name
         self.channels = channels
         self.name = f"NudeNet {version('nudenet')}, 320n.onnx, channels {channels}"

@@ -76,6 +76,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("output")
     g.add_argument("--output-dir", default="out/shield", help="folder of the run; the same command goes on there")
     g.add_argument("--save-every", type=int, default=5, help="epochs between checkpoints")
+    g.add_argument("--checkpoints-total-limit", type=int, default=2, help="checkpoints kept, the newest; at least 2, so that one is whole")
     g.add_argument("--preview-every", type=int, default=10, help="epochs between preview grids")
     g.add_argument("--preview-images", type=int, default=16, help="pictures of a preview grid; 0: no previews")
     g.add_argument("--verdict-images", type=int, default=64, help="pictures a held-out file in the final table; 0: no table")
@@ -117,6 +118,8 @@ def check(args):
                         "so give --updates 1 --inner-epochs 1, or --keep nothing")
     if args.keep == "gradients" and (args.trainable == "full" or args.compile or args.gradient_checkpointing):
         raise UserError("--keep: gradients is given; it needs --trainable lora, and neither --compile nor --gradient-checkpointing")
+    if args.checkpoints_total_limit < 2:
+        raise UserError(f"--checkpoints-total-limit: {args.checkpoints_total_limit} is given; at least 2 is needed, so that one is whole at any moment")
     for option in ("memory", "hardness"):
         if not getattr(args, option) >= 0:
             raise UserError(f"--{option}: {getattr(args, option)} is given; 0 or more are allowed")
@@ -470,7 +473,7 @@ def main(args):
             save_checkpoint(checkpoints, {
                 "epoch": epoch, "rows": rows, "seen": seen, "memory": memory.state_dict() if memory else {},
                 "weights": {name: p.detach() for name, p in trained.items()},
-                "optimizer": optimizer.state_dict()})
+                "optimizer": optimizer.state_dict()}, args.checkpoints_total_limit)
         shown = {name: f"{row[name]:.3f}" for name in ("reward", "clip", "nudity", "unsafe") if name in row}
         epochs.set_postfix(shown)
         epochs.update()

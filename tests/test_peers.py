@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from test_train import ROOT, small, train  # noqa: F401 (small is a fixture)
+from test_train import ROOT, small, start  # noqa: F401 (small is a fixture)
 
 
 def shared(processes, *options):
@@ -32,11 +32,11 @@ def close(mine, theirs):
 @pytest.mark.parametrize("options", [("--memory", "4"), ("--batch-size", "1", "--groups", "5", "--group-size", "1", "--memory", "8", "--updates", "1")])
 def test_two_processes_give_one_processs_curve(small, tmp_path, options):
     """Also with per-prompt memory, and with 5 pictures, which two processes share as 3 and 2."""
-    code, _, err = train(*small, *options, "--epochs", "3", "--output-dir", str(tmp_path / "one"))
-    assert code == 0, err
+    alone = start(*small, *options, "--epochs", "3", "--output-dir", str(tmp_path / "one"))
     process = shared(2, *small, *options, "--epochs", "3", "--output-dir", str(tmp_path / "two"))
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
+    assert alone.wait(timeout=200) == 0, alone.stderr.read()
     assert "2 processes share the batches" in out and out.count("the fine-tuned model is in") == 1
     close(curve(tmp_path / "two"), curve(tmp_path / "one"))
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -39,9 +40,14 @@ def start(*options):
 
 
 def train(*options):
-    process = start(*options)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    return train_beside(options)[0]
+
+
+def train_beside(*commands):
+    """Runs beside each other, a core each: [(exit code, stdout, stderr)]."""
+    processes = [start(*options) for options in commands]
+    told = [process.communicate(timeout=300) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, told)]
 
 
 def results(folder):
@@ -69,31 +75,36 @@ def test_the_ratio_before_the_first_update_is_exactly_one(uncut):
 
 
 def test_a_run_killed_at_ten_random_moments_ends_bit_equal(small, uncut, tmp_path):
-    folder, rng, kills, runs = str(tmp_path / "run0"), random.Random(0), 0, 0
+    """Two runs beside each other, each killed five times."""
     theirs = results(uncut)
 
-    def compare_to_uncut():
+    def compare_to_uncut(folder):
         ours = results(folder)
         assert ours.keys() == theirs.keys() and not [n for n in ours if ours[n] != theirs[n]], [n for n in ours if ours[n] != theirs[n]]
 
-    while kills < 10:
-        process = start(*small, "--output-dir", folder)
-        if kills % 3:                                   # two in three are killed in the loop or after it
-            while "UNet rows" not in process.stdout.readline():
-                assert process.poll() is None, process.stderr.read()
-        try:
-            _, err = process.communicate(timeout=rng.uniform(0, 4))
-            assert process.returncode == 0, err
-            compare_to_uncut()                          # it ended before it was killed:
-            runs += 1                                   # the next kills hit a new run
-            folder = str(tmp_path / f"run{runs}")
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-    code, _, err = train(*small, "--output-dir", folder)
-    assert code == 0, err
-    compare_to_uncut()
+    def kill_five_times(seed):
+        folder, rng, kills, runs = str(tmp_path / f"run{seed}"), random.Random(seed), 0, 0
+        while kills < 5:
+            process = start(*small, "--output-dir", folder)
+            if kills % 3:                               # some are killed at once, most in the loop or after it
+                while "UNet rows" not in process.stdout.readline():
+                    assert process.poll() is None, process.stderr.read()
+            try:
+                _, err = process.communicate(timeout=rng.uniform(0, 4))
+                assert process.returncode == 0, err
+                compare_to_uncut(folder)                # it ended before it was killed:
+                runs += 1                               # the next kills hit a new run
+                folder = str(tmp_path / f"run{seed}_{runs}")
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                kills += 1
+        code, _, err = train(*small, "--output-dir", folder)
+        assert code == 0, err
+        compare_to_uncut(folder)
+
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(kill_five_times, range(2)))
 
 
 def test_a_torn_checkpoint_is_never_loaded(uncut):
@@ -149,10 +160,11 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     os.symlink("/dev/full", folder / "checkpoints" / "epoch_0002.pt.tmp")
-    code, _, err = train(*small, "--output-dir", str(folder))
+    options = [*small, "--epochs", "3", "--preview-images", "0", "--output-dir", str(folder)]
+    code, _, err = train(*options)
     assert code == 2 and "No space left on device" in err and "the last checkpoint stands" in err and "Traceback" not in err
     assert load_checkpoint(str(folder / "checkpoints"))["epoch"] == 1
-    assert train(*small, "--output-dir", str(folder))[0] == 0               # the disk has room again
+    assert train(*options)[0] == 0                      # the disk has room again
 
 
 def test_the_default_reward_and_a_memory_resume_bit_equal(small, pipeline, tmp_path):
@@ -164,8 +176,8 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, pipeline, tmp_p
                                               "--benign", "a plain cup", "--benign-share", ".5"]
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     (tmp_path / "cut").mkdir()
-    assert train(*options, "--epochs", "3", "--output-dir", whole)[0] == 0
-    assert train(*options, "--epochs", "1", "--output-dir", cut)[0] == 0
+    first = train_beside([*options, "--epochs", "3", "--output-dir", whole], [*options, "--epochs", "1", "--output-dir", cut])
+    assert [code for code, _, _ in first] == [0, 0], first
     code, out, err = train(*options, "--epochs", "3", "--output-dir", cut)
     assert code == 0 and "going on after epoch 1" in out, err
     for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors"):
@@ -256,10 +268,11 @@ def test_an_updates_gradient_is_the_plain_loops(pipeline, keep, per_call):
 def test_what_sampling_keeps_changes_no_curve(small, uncut, tmp_path):
     """Whole runs: a second forward and each picture's gradients against the graphs of the uncut run."""
     first = [json.loads(line)["reward"] for line in open(f"{uncut}/metrics.jsonl")]
-    for keep in ("nothing", "gradients"):
-        folder = str(tmp_path / keep)
-        assert train(*small, "--dtype", "fp32", "--keep", keep, "--output-dir", folder)[0] == 0
-        rewards = [json.loads(line)["reward"] for line in open(f"{folder}/metrics.jsonl")]
+    keeps = ("nothing", "gradients")
+    for code, _, err in train_beside(*([*small, "--dtype", "fp32", "--keep", keep, "--output-dir", f"{tmp_path}/{keep}"] for keep in keeps)):
+        assert code == 0, err
+    for keep in keeps:
+        rewards = [json.loads(line)["reward"] for line in open(f"{tmp_path}/{keep}/metrics.jsonl")]
         assert rewards == pytest.approx(first, abs=.01) and rewards[0] == pytest.approx(first[0], abs=1e-3)
 
 
