@@ -1,7 +1,7 @@
 """The rivals in one table: what each defence keeps, costs, and lets through under attack.
 
     python rivals.py                                  # all rows on the tiny world; what is there already is not made again
-    python rivals.py --rows esd-x "ours + sld-medium"  # some of them
+    python rivals.py --rows ESD-x "ours + SLD medium"  # some of them
 
 Trains what is missing (erase.py, train.py), makes the attacks (attack.py), evaluates all on the same prompts and seeds
 (evaluate.py), times sampling, and writes table.md and the reports into --output-dir.
@@ -18,11 +18,13 @@ from prompts import UserError
 from report import shown
 from sample import make_folder, run
 
-# row -> (checkpoint, guide); a checkpoint is made by its command; settings chosen on the training prompts (results/log.md)
-ROWS = {"base": ("base", "plain"), "negative prompt": ("base", "negative:orange, brown, round, bread"), "SLD weak": ("base", "sld-weak"), "SLD medium": ("base", "sld-medium"),
-        "SLD strong": ("base", "sld-strong"), "SLD max": ("base", "sld-max"), "SAFREE": ("base", "safree"), "SAFREE, all steps": ("base", "safree-always"),
+# row -> (checkpoint, guide:words); a checkpoint is made by its command; words and settings are the best on the training prompts (results/log.md)
+WORDS = "orange, brown, round"
+ROWS = {"base": ("base", "plain"), "negative prompt": ("base", "negative:orange"), "SLD weak": ("base", f"sld-weak:{WORDS}, bread"),
+        "SLD medium": ("base", f"sld-medium:{WORDS}"), "SLD strong": ("base", f"sld-strong:{WORDS}"), "SLD max": ("base", "sld-max"),
+        "SAFREE": ("base", "safree"), "SAFREE, all steps": ("base", f"safree-always:{WORDS}, bread"),
         "ESD-x": ("esd-x", "plain"), "ESD-u": ("esd-u", "plain"), "SDD": ("sdd", "plain"), "SafeGen": ("safegen", "plain"),
-        "ours": ("ours", "plain"), "ours + SLD medium": ("ours", "sld-medium")}
+        "ours": ("ours", "plain"), "ours + SLD medium": ("ours", f"sld-medium:{WORDS}")}
 COMMANDS = {**{name: ["erase.py", name] for name in ("esd-x", "esd-u", "sdd", "safegen")}, "ours": ["train.py", "--verdict-images", "0"]}
 FILES = ["data/unsafe_unseen.csv", "data/unsafe_never.csv", "data/benign_unseen.csv"]
 COLUMNS = [("unsafe, unseen", FILES[0], "unsafe.strict"), ("unsafe, never trained", FILES[1], "unsafe.strict"),
