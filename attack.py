@@ -93,7 +93,7 @@ def first_allowed(policy, candidates, original):
     """The best candidate (best first, (P, K)) whose text is read back as its tokens and mentions no minor, or None."""
     for tokens in candidates.tolist():
         text = policy.tokenizer.decode(tokens).strip()
-        if policy.tokenizer(text).input_ids[1:-1] == tokens and not mentions_minor(f"{text} | {original.safe_text} | {original}", original.category):
+        if policy.tokenizer(text).input_ids[1:-1] == tokens and not mentions_minor(f"{text} | {original.safe_text} | {original}", "sexual"):
             return text
 
 
@@ -239,8 +239,9 @@ def save(path, found):
         if found[0][2] is not None:
             from safetensors.torch import save_file
             beside = os.path.splitext(path)[0] + ".safetensors"
-            save_file({str(i): states.contiguous().cpu() for i, (_, _, states) in enumerate(found)}, beside)
-            os.chmod(beside, 0o644)
+            save_file({str(i): states.contiguous().cpu() for i, (_, _, states) in enumerate(found)}, beside + ".tmp")
+            os.chmod(beside + ".tmp", 0o644)
+            os.replace(beside + ".tmp", beside)
         os.replace(path + ".tmp", path)
     except OSError as error:
         raise UserError(f"--output: {path} can't be written ({error.strerror})") from None
@@ -270,14 +271,17 @@ def parse_args(argv=None):
 
 def main(args):
     check_common(args)
-    args.tokens = args.tokens or (5 if args.attack == "soft-prompt" else 16)
+    if args.tokens is None:
+        args.tokens = 5 if args.attack == "soft-prompt" else 16
     args.output = args.output or f"out/{args.attack}.csv"
     for option in ("count", "tokens", "generations", "iterations", "tries"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option}: {getattr(args, option)} is given; at least 1 is needed")
     if args.population < 4 or not args.output.endswith(".csv"):
         raise UserError(f"--population is 4 or more and --output ends in .csv; {args.population} and {args.output} are given")
-    prompts, refused = read(args.prompts, args.category)
+    if not args.lr > 0:
+        raise UserError(f"--lr: {args.lr:g} is given; it must be above 0")
+    prompts, refused = read(args.prompts, args.category, sexual=True)       # the attack adds what no word says
     if refused:
         print(f"refused {refused} prompts that mention minors")
     make_folder(os.path.dirname(args.output) or ".", "--output")

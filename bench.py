@@ -17,6 +17,9 @@ import subprocess
 import sys
 import time
 
+from prompts import UserError
+from sample import run
+
 REWARD = "redness: a cheap stand-in, the same on both sides"
 
 
@@ -133,6 +136,11 @@ class Epoch:
         return told
 
 
+def whole_epoch(seconds):
+    """An epoch's seconds from those of its stages: where scoring can stand beside sampling, it does."""
+    return seconds.get("sample and score", seconds["sample"] + seconds["score"]) + seconds["update"]
+
+
 def matrix_rate(device, dtype):
     """FLOP/s of square matrix products in this dtype: the best of many, of a size that fills the machine."""
     import torch
@@ -163,7 +171,7 @@ def report(args, repeats):
     seconds = {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
     rate, flops = matrix_rate(epoch.device, epoch.dtype), epoch.flops()
     floor = sum(flops.values()) / rate
-    whole = seconds.get("sample and score", seconds["sample"] + seconds["score"]) + seconds["update"]
+    whole = whole_epoch(seconds)
     unet = seconds["sample"] + seconds["update"]
     if epoch.device.startswith("cuda"):
         memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of the GPU's"
@@ -229,7 +237,7 @@ def against(python, args, repeats):
                     return float(line)
                 except ValueError:
                     continue
-            raise SystemExit(f"bench.py: --against: {python} ended; it needs trl==0.23.1")
+            raise UserError(f"--against: {python} ended; it needs trl==0.23.1")
         answer()
         ours_seconds, their_seconds = [], []
         for turn in range(repeats + 1):
@@ -264,12 +272,16 @@ def time_to_target(folder, repeats):
     from reward import THRESHOLD
     from sample import generate, spread
     from train import parse_args
-    args = parse_args([])
+    args, kept = parse_args([]), sorted(glob.glob(os.path.join(folder, "checkpoints", "epoch_*.pt")))
+    if not kept:
+        raise UserError(f"--to-target: {folder} has no checkpoints/epoch_*.pt; give folders of train.py's")
     with open(os.path.join(folder, "args.json")) as file:
         vars(args).update(json.load(file))
+    if args.trainable == "full":
+        raise UserError(f"--to-target: {folder} trained the whole UNet; only a LoRA's base is still there to compare with")
     epoch = Epoch(args)
     epoch.run()
-    seconds = statistics.median(sum(epoch.run().values()) for _ in range(repeats))
+    seconds = statistics.median(whole_epoch(epoch.run()) for _ in range(repeats))
     policy, asked = epoch.policy, {file: spread(read(file)[0], PICTURES, 1_000_000) for file in (UNSAFE, BENIGN)}
 
     def look(file):
@@ -281,15 +293,15 @@ def time_to_target(folder, repeats):
     with policy.base():
         before = look(BENIGN)
         lines = [f"{folder}: {seconds:.2f} s an epoch; base {look(UNSAFE):.1%} unsafe"]
-    for path in sorted(glob.glob(os.path.join(folder, "checkpoints", "epoch_*.pt"))):
+    for path in kept:
         state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, p in epoch.trained.items():
                 p.copy_(state["weights"][name])
         unsafe, spent = look(UNSAFE), state["epoch"] * seconds
-        kept = look(BENIGN) / before if unsafe <= MOST_UNSAFE else None
-        lines.append(f"epoch {state['epoch']:3d}, {spent:.0f} s: {unsafe:.1%} unsafe" + (f", benign CLIP {kept - 1:+.1%}" if kept else ""))
-        if kept and kept >= CLIP_KEPT:
+        clip = look(BENIGN) / before if unsafe <= MOST_UNSAFE else None
+        lines.append(f"epoch {state['epoch']:3d}, {spent:.0f} s: {unsafe:.1%} unsafe" + (f", benign CLIP {clip - 1:+.1%}" if clip else ""))
+        if clip and clip >= CLIP_KEPT:
             return [*lines, f"**target reached after {state['epoch']} epochs, {spent:.0f} s**"]
     return [*lines, f"**target not reached in {state['epoch']} epochs, {spent:.0f} s**"]
 
@@ -322,7 +334,7 @@ SD15 = ["--clip", "tiny/clip", "--benign", "", "--benign-share", "0", "--steps",
 
 # ---- the command -------------------------------------------------------------------------------------
 
-def main():
+def main(_):
     if sys.argv[1:2] == ["--serve-trl"]:
         model, batch, steps, guidance, dtype = sys.argv[2:]
         return serve_trl(model, int(batch), int(steps), float(guidance), dtype)
@@ -332,6 +344,8 @@ def main():
     p.add_argument("--to-target", nargs="+", default=[], metavar="RUN", help="folders of runs: when each was safe with benign pictures kept")
     p.add_argument("--gpu-report", action="store_true", help="Stable Diffusion 1.5 in full size: 16 pictures, and 8 with checkpointing")
     own, rest = p.parse_known_args()
+    if own.repeats < 1:
+        raise UserError(f"--repeats: {own.repeats} is given; at least 1 is needed")
     import torch
     from evaluate import commit
     from importlib.metadata import version
@@ -339,8 +353,7 @@ def main():
     lines = []
     if own.gpu_report:
         if not torch.cuda.is_available():
-            print("bench.py: --gpu-report: no CUDA GPU is here, so nothing was measured", file=sys.stderr)
-            sys.exit(2)
+            raise UserError("--gpu-report: no CUDA GPU is here, so nothing was measured")
         model = ["--model", build_sd15("out/sd15_random")]
         for more in (["--group-size", "16", "--batch-size", "16", "--compile"], ["--group-size", "16", "--batch-size", "16"],
                      ["--group-size", "8", "--batch-size", "8", "--gradient-checkpointing", "--train-batch-size", "8"]):
@@ -376,4 +389,4 @@ def processor():
 
 
 if __name__ == "__main__":
-    main()
+    run(main, None)

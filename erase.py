@@ -144,7 +144,7 @@ def triples(policy, prompts, benign, labels, args):
     kept = []
     for source, trips in ((prompts, True), (benign, False)):
         picked, seeds = spread(source, args.pictures, args.seed)
-        pictures = generate(policy, plain, picked, seeds, args.steps, args.eta, args.guidance, resolution=args.resolution)
+        pictures = generate(policy, plain, picked, seeds, args.steps, args.eta, args.guidance, args.batch_size, args.resolution)
         kept.append(pictures[(nudity(pictures)[:, columns].max(1) >= THRESHOLD) == trips])
     if not len(kept[0]) or not len(kept[1]):
         raise UserError(f"--pictures: of {args.pictures} pictures each, {len(kept[0])} of --prompts trip the detector and {len(kept[1])} of "
@@ -190,7 +190,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("learning")
     own = lambda name: ", ".join(f"{m.defaults[name]:g} for {method}" for method, m in METHODS.items())
     g.add_argument("--iterations", type=int, default=None, help=f"updates; {own('iterations')}")
-    g.add_argument("--lr", type=float, default=None, help=f"learning rate; {own('weights_lr')}; of a LoRA 1e-3; the papers: 1e-5")
+    g.add_argument("--lr", type=float, default=None, help=f"learning rate; {own('weights_lr')}; of a LoRA {own('lora_lr')}; the papers: 1e-5")
     g.add_argument("--warm-up", type=int, default=None, help="iterations over which the rate rises; 50 for sdd, else 0; SDD: 500 of 1500")
     g.add_argument("--batch-size", type=int, default=16, help="prompts (safegen: triples) an iteration")
     g.add_argument("--negative-guidance", type=float, default=1., help="ESD's eta: how far beyond the empty prompt; 0 stops there")
@@ -220,7 +220,7 @@ def check(args):
     for option, least in (("iterations", 1), ("rank", 1), ("pictures", 1), ("save-every", 1), ("warm-up", 0), ("negative-guidance", 0)):
         if getattr(args, option.replace("-", "_")) < least:
             raise UserError(f"--{option}: {getattr(args, option.replace('-', '_')):g} is given; at least {least} is needed")
-    if args.lr <= 0:
+    if not args.lr > 0:
         raise UserError(f"--lr: {args.lr:g} is given; it must be above 0")
     if not 0 <= args.ema < 1 or not 0 <= args.mosaic_weight <= 1:
         raise UserError(f"--ema is 0 to below 1 and --mosaic-weight 0 to 1; {args.ema:g} and {args.mosaic_weight:g} are given")
@@ -291,6 +291,9 @@ def main(args):
         if not torch.isfinite(loss):
             raise UserError(f"iteration {i + 1}: the loss is {loss.item()}; the update was refused, the last good checkpoint stands")
         loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), float("inf"))
+        if not torch.isfinite(norm):
+            raise UserError(f"iteration {i + 1}: the gradient is {norm.item()}; the update was refused, the last good checkpoint stands")
         optimizer.step()
         optimizer.zero_grad()
         for name, average in (job.teacher or {}).items():

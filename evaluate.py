@@ -19,7 +19,7 @@ import time
 from collections import namedtuple
 
 from judge import clip_of, detect, load_tools
-from prompts import Prompt, UserError, read
+from prompts import Prompt, UserError, read, refuse_minors
 from report import points, rounded, to_csv, to_html, to_markdown
 from sample import add_common_options, base_of, check_common, choose_device, make_folder, rollouts, run, spread
 
@@ -38,7 +38,7 @@ Row = namedtuple("Row", "name look about")
 
 def open_file(path, kind="unsafe", pictures=None, category=None, limit=None, option="--prompts", seed=1_000_000):
     """A prompt file as a File of `pictures` pictures, the prompts in turn; one a prompt if None."""
-    prompts, refused = read(path, category, limit, option)
+    prompts, refused = read(path, category, limit, option, sexual=kind == "adversarial")
     if kind == "unsafe" and all(p.category == "benign" for p in prompts):
         kind = "benign"
     return as_file(os.path.basename(path) if os.path.isfile(path) else path, kind, prompts, pictures, refused, seed)
@@ -91,8 +91,11 @@ class Store:
 
 
 def keys_of(file, fingerprint, guide, args, shape):
-    """A latent's name: a hash of all that it depends on."""
-    return [hashlib.sha256(json.dumps([fingerprint, guide, [p, *p.states[1:]] if p.states else p, s, args.steps, args.eta,
+    """A latent's name: a hash of all that it depends on, the code of the guides and of the steps too."""
+    import ddpo
+    import guide as guides
+    code = hashlib.sha256(b"".join(open(module.__file__, "rb").read() for module in (ddpo, guides))).hexdigest()
+    return [hashlib.sha256(json.dumps([fingerprint, code, guide, [p, *p.states[1:]] if p.states else p, s, args.steps, args.eta,
                                        args.guidance if p.guidance is None else p.guidance, shape]).encode()).hexdigest()
             for p, s in zip(file.prompts, file.seeds)]
 
@@ -461,6 +464,8 @@ def main(args):
     from guide import choose_guide
     for name in args.guide:
         choose_guide(name.partition(":")[0])
+    for name in [*args.guide, *(guide or "" for _, guide in map(with_guide, args.checkpoint))]:
+        refuse_minors(name.partition(":")[2], "--guide, --checkpoint")
     files, before = open_files(args)
     from tqdm import tqdm
     from model import DTYPES, Policy
@@ -490,15 +495,18 @@ def main(args):
     for path in args.checkpoint:
         folder, guide = with_guide(path)
         wanted += [(folder, guide)] if guide else [(folder, g) for g in guides]
-    wanted = list(dict.fromkeys(wanted))                # base+plain is the base
+    wanted, names = list(dict.fromkeys(wanted)), [row.name for row in folders]                      # base+plain is the base
+    for checkpoint, guide in wanted:                    # a row's name: the folder's own, or its path where that is taken
+        short, ending = os.path.basename(os.path.normpath(checkpoint)) if checkpoint else "base", f" + {guide}" * (guide != "plain")
+        names.append(short + ending if short + ending not in names or not checkpoint else checkpoint + ending)
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"--images, --checkpoint: two are named {twice[0]}; rename a folder")
     batches = sum(-(-len(file.prompts) // args.batch_size) for file in files.values())
     with tqdm(total=batches * len(wanted), desc="sampling") as bar:
-        for checkpoint, guide in wanted:
+        for name, (checkpoint, guide) in zip(names[len(folders):], wanted):
             policy = Policy(model, checkpoint, device, DTYPES[dtype])       # None: the base itself
             decode = decode or policy.decode                                # a checkpoint changes the UNet alone
-            name = os.path.basename(os.path.normpath(checkpoint)) if checkpoint else "base"
-            name += f" + {guide}" * (guide != "plain")
-            name = checkpoint if any(row.name == name for row in rows) else name
             rows.append(drawn_row(name, policy, guide, files, store, args, decode, {"checkpoint": checkpoint}, bar.update))
     drawing = time.time() - began
 

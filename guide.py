@@ -94,14 +94,15 @@ def safree(alpha=.01, most=10):
     Tokens whose absence takes the prompt away from the concept's subspace, by more than (1 + alpha) times the
     others' mean, are triggers; their states e become (I - P_c) P_m e (section 3.1). The changed text is used for
     the first n of 50 steps, n = most sigmoid(2 k (10 beta - t)) with the change beta, the self-validating filter;
-    most=None: at all steps. Latent re-attention is left out, as it is dead code in the authors' release.
+    most=None: at all steps. A prompt that brings text states of its own has no words to project: it passes unchanged. Latent re-attention is left out, as it is dead code in the authors' release.
     """
     def guide(policy, prompts, scale):
         concept = pooled(policy, [policy.tokenizer(w.strip()).input_ids for w in policy.concept.split(",")])
         away = projector(concept)                                               # (D, D)
         text, safe, until = policy.encode(prompts), [], []
         for prompt, states in zip(prompts, text):
-            changed = project_triggers(policy, prompt, states.float(), away, alpha).to(states)
+            own = getattr(prompt, "states", None)
+            changed = states if own else project_triggers(policy, prompt, states.float(), away, alpha).to(states)
             beta = 1 - torch.cosine_similarity(changed.float(), states.float(), dim=-1).mean()
             safe.append(changed)
             until.append(torch.round(most * torch.sigmoid(5 * (10 * beta - 5.333))) if most else torch.tensor(float(STEPS)))

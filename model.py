@@ -132,9 +132,9 @@ class Policy:
         self.unet.zero_grad()
 
     @torch.no_grad()
-    def decode(self, latents, chunk=None):
+    def decode(self, latents):
         """Latents (N, C, h, w) -> pictures uint8 (N, H, W, 3), a few at a time to bound memory: 16 of 64 pixels, 4 of 512."""
-        chunk = chunk or (16 if latents[0, 0].numel() < 4096 else 4)
+        chunk = 16 if latents[0, 0].numel() < 4096 else 4
         scaled = latents.float() / self.vae.config.scaling_factor
         pictures = [self.vae.decode(part).sample for part in scaled.split(chunk)]
         pictures = (torch.cat(pictures) / 2 + .5).clamp(0, 1)

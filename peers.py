@@ -21,8 +21,14 @@ def size():
 
 
 def own_device(device):
-    """Each process its own GPU: "cuda" -> "cuda:LOCAL_RANK"."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and size() > 1 else device
+    """Each process its own GPU: "cuda" -> "cuda:LOCAL_RANK". UserError where there are fewer."""
+    if device != "cuda" or size() == 1:
+        return device
+    import torch
+    number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= there:
+        raise UserError(f"--nproc-per-node: process {number} has no GPU of its own, {there} are here; start as many processes, or give --device cpu")
+    return f"cuda:{number}"
 
 
 def start(device):

@@ -51,8 +51,8 @@ class Prompt(str):
 # before it unlearns it, so no context is innocent enough. Words that may mean an adult (girl, boy,
 # young, student) are refused when anything sexual stands beside them.
 MINOR = re.compile(r"""\b(?:
-      child(?:ren|s|hood|like|ish)? | kid(?:s|do|dos|die|dies|dy)? | toddlers? | bab(?:y|ies|e\sin\sarms)
-    | infants? | newborns? | pre-?teens? | tweens? | teens? | teen-?age(?:r|rs|d)? | adolescen(?:t|ts|ce)
+      (?:step|god|grand)?child(?:ren|s|hood|like|ish)? | (?:step|grand)?kid(?:s|do|dos|die|dies|dy)? | toddlers? | bab(?:y|ies|e\sin\sarms)
+    | infants? | newborns? | pre-?teens? | tweens? | teens? | teen-?age(?:r|rs|d)? | (?:pre-?)?adolescen(?:t|ts|ce)
     | juveniles? | minors | under-?\s?aged?
     | (?:a|the|is|female|male|sexy|nude|naked)\s+minor(?!\s+(?:key|chord|scale|league|planet|injur|third))
     | school-?\s?(?:girl|boy|child|kid)(?:s|ren)? | pre-?schoolers? | kindergart(?:en|ner|eners?|ners)
@@ -61,18 +61,19 @@ MINOR = re.compile(r"""\b(?:
     | (?:little|young|small|tiny|baby)[\s-](?:girl|boy)s? | (?:boy|girl)[\s-]?scouts? | cub[\s-]scouts?
     | loli(?:s|con|ta|tas)? | shota(?:s|con)? | jail-?bait | pa?edo(?:s|phil\w*)?
     | pubescent | pre-?pubescent | puberty
-    | youngsters? | youths? | daughters? | stepdaughters? | grandchild(?:ren)?
+    | youngsters? | youths? | daughters? | stepdaughters? | nymphets?
     )\b""", re.X)
 MAYBE_MINOR = re.compile(
     r"\b(?:girls?|boys?|young(?:er|est)?|youth(?:ful)?|students?|pupils?|sons?|stepsons?|nieces?|nephews?"
+    r"|lads?|lass(?:es|ies?)?|(?:little|baby|kid)\s(?:sister|brother)s?|boyhood|girlhood|junior\shigh|freshm[ae]n|tots?|orphans?"
     r"|cherub\w*|petite|flat[\s-]chested|innocent|virgin\w*|cheerleaders?|uniform|minor|barely\s?legal)\b")
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
            "sixteen seventeen eighteen").split()
 NUMBER = r"(?P<{0}>\d{{1,2}}|" + "|".join(NUMBERS) + r")"
 AGE = re.compile(
-    r"\b(?:aged?|age of)(?:\s+only)?[\s:]*" + NUMBER.format("a") + r"\b"
-    r"|\b(?P<under>under|below|younger than)(?: the)?(?: age)?(?: of)?[\s-]*" + NUMBER.format("u") + r"\b"
-    r"|\b" + NUMBER.format("b") + r"[\s-]*(?:(?:years?|yrs?|months?)[\s-]*(?:old|of\sage)|y[\s./]?o\b)")
+    r"\b(?:aged|ages?(?:\sof)?)(?:\s+(?:only|just|about|around|nearly|almost))?[\s:=(-]*" + NUMBER.format("a") + r"\b"
+    r"|\b(?P<under>under|below|younger than|less than)(?: the)?(?: age)?(?: of)?[\s-]*" + NUMBER.format("u") + r"\b"
+    r"|\b" + NUMBER.format("b") + r"[\s-]*(?:and a half\s)?(?:(?:years?|yrs?|months?)[\s.-]*(?:old|of\sage)|y[\s./-]?o\b)")
 YEARS = re.compile(r"\b" + NUMBER.format("y") + r"[\s-]*(?:years?|yrs?)\b")     # counts beside something sexual
 SEXUAL = re.compile(
     r"nud|nake|sex|porn|erot|bare\b|topless|bottomless|undress|unclothed|strip|lingerie|underwear|pant(?:y|ies)"
@@ -82,18 +83,19 @@ SEXUAL = re.compile(
 # beginnings of words that count inside others too (teenporn, babygirl) when something sexual is near
 STEMS = re.compile(r"child|teen|toddler|infant|underage|school(?:girl|boy|kid)|loli(?:ta|con)|shota|baby"
                    r"|kid(?!ney|nap)|boys?\b|girl|minor|jailbait")
+ALIKE = str.maketrans("аеорсухіѕјкмтнвԁһӏαειοκρτυνχ", "aeopcyxisjkmthbdhlaeiokptuvx")      # Cyrillic and Greek letters that look Latin
 LEET = [str.maketrans("013457@$!|", f"o{one}eastasi{one}") for one in "il"]
 
 
 def mentions_minor(text, category=""):
-    """Whether a prompt is refused. Spelling tricks (accents, digits for letters, dots) are undone."""
+    """Whether a prompt is refused. Spelling tricks (accents, letters that look alike, digits for letters, c.h.i.l.d) are undone."""
     plain = unicodedata.normalize("NFKD", text).casefold()
     plain = "".join(c for c in plain if unicodedata.category(c)[0] != "M" and unicodedata.category(c) != "Cf")
-    plain = re.sub(r"[_\s]+", " ", plain)
+    plain = re.sub(r"[_\s]+", " ", plain).translate(ALIKE)
     readings = [plain] + [plain.translate(table) for table in LEET]
-    dotted = [m for t in readings for m in re.findall(r"\b(?:\w[ .*-]+){2,}\w\b", t)]      # c.h.i.l.d
+    dotted = [m for t in readings for m in re.findall(r"\b(?:\w\W+){2,}\w\b", t)]      # c.h.i.l.d
     spelled = [re.sub(r"\W", "", m) for m in dotted]
-    sexual = "sexual" in category.lower() or any(SEXUAL.search(t) for t in readings + spelled)
+    sexual = any(SEXUAL.search(t) for t in [category.lower(), *readings, *spelled])
     for age in AGE.finditer(plain):
         young = years_of(age["a"] or age["b"] or age["u"]) < 18 + bool(age["under"])
         if young and (sexual or not age["under"]):      # "under 12 stars" is no age, beside nudity it is one
@@ -105,16 +107,23 @@ def mentions_minor(text, category=""):
             or (sexual and any(MAYBE_MINOR.search(t) or STEMS.search(t) for t in readings + spelled)))
 
 
+def refuse_minors(words, option):
+    """UserError where words that are no prompt of their own, but steer pictures, mention minors."""
+    if words and mentions_minor(words, "sexual"):
+        raise UserError(f"{option}: {words!r} mentions minors; such words are refused, and no option changes that")
+
+
 def years_of(number):
     return int(number) if number.isdigit() else NUMBERS.index(number)
 
 
 # ---- reading -----------------------------------------------------------------------------------
 
-def read(source, category=None, limit=None, option="--prompts"):
+def read(source, category=None, limit=None, option="--prompts", sexual=False):
     """Prompts of a file or a literal text, and how many were refused: (list of Prompt, int).
 
-    option is the name that errors use; category keeps the rows that name it.
+    option is the name that errors use; category keeps the rows that name it; sexual says that the prompts are, though no word may
+    say it (an attack's), and decides what words are refused beside it.
     Raises UserError, with the line's number where one is bad.
     """
     if not str(source).lower().endswith(ENDINGS):
@@ -148,7 +157,7 @@ def read(source, category=None, limit=None, option="--prompts"):
         if not found:
             raise UserError(f"--category: no prompt of {source} is of category {category!r}; "
                             f"there are {', '.join(known) or 'none at all'}")
-    kept = [p for p in found if not mentions_minor(f"{p} | {p.safe_text} | {p.original}", p.category)]
+    kept = [p for p in found if not mentions_minor(f"{p} | {p.safe_text} | {p.original}", p.category + " sexual" * sexual)]
     if not kept:
         raise UserError(f"{option}: {source} has no usable prompt ({len(found) - len(kept)} refused)")
     return kept[:limit], len(found) - len(kept)
@@ -214,6 +223,8 @@ def parse(row, place, where, given=None):
             values[name] = number(get(name)) if get(name) else None
             if values[name] is not None and not math.isfinite(values[name]):
                 raise ValueError
+            if name == "guidance" and values[name] is not None and values[name] < 1:
+                raise UserError(f"{where}: guidance is {get(name)}; 1 or more is needed, and 1 is none")
         except ValueError:
             raise UserError(f"{where}: {name} is {get(name)!r}, not a number") from None
     if values["case"] is None:

@@ -10,10 +10,11 @@ Writes one PNG a picture and grid.png into --output-dir. Pictures that trip the 
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 
-from prompts import UserError, read
+from prompts import UserError, read, refuse_minors
 
 
 def draw_noise(seeds, steps, shape):
@@ -135,8 +136,11 @@ def check_common(args):
         raise UserError(f"--eta: {args.eta:g} is given; a step without noise has no log-probability, so 0 < eta <= 1")
     if not 1 <= args.steps <= 999:
         raise UserError(f"--steps: {args.steps} is given; 1 to 999 are allowed")
-    if args.seed < 0 or args.batch_size < 1:
-        raise UserError(f"--seed is 0 or more and --batch-size 1 or more; {args.seed} and {args.batch_size} are given")
+    if not 0 <= args.seed < 2 ** 62 or args.batch_size < 1:
+        raise UserError(f"--seed is 0 or more, below 2^62, and --batch-size 1 or more; {args.seed} and {args.batch_size} are given")
+    if not 1 <= args.guidance < math.inf:
+        raise UserError(f"--guidance: {args.guidance:g} is given; 1 or more is needed, and 1 is none")
+    refuse_minors(args.concept, "--concept")
     if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
         raise UserError(f"--resolution: {args.resolution} is given; a positive multiple of 8 is needed")
 
@@ -149,7 +153,7 @@ def run(main, args):
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: stopped; the same command goes on where it was", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: stopped; the same command goes on from what it has kept", file=sys.stderr)
         sys.exit(130)
 
 
@@ -213,10 +217,10 @@ def main(args):
     fires = Nudity()(pictures)[:, [LABELS.index(label) for label in {*labels, *EXPOSED}]].max(1) >= THRESHOLD
     shown = pictures if args.no_censor else pixelate(pictures, fires)
     try:
-        asked = len(set(prompt.case for prompt in prompts))
-        for i, picture in enumerate(shown):             # CASE.png, or CASE_TURN.png where a prompt has several
-            turn = f"_{i // asked}" if len(shown) > asked else ""
-            Image.fromarray(picture).save(os.path.join(args.output_dir, f"{prompts[i].case:05d}{turn}.png"))
+        cases = [prompt.case for prompt in prompts]
+        for i, picture in enumerate(shown):             # CASE.png, or CASE_TURN.png where a case has several
+            turn = f"_{cases[:i].count(cases[i])}" if len(set(cases)) < len(cases) else ""
+            Image.fromarray(picture).save(os.path.join(args.output_dir, f"{cases[i]:05d}{turn}.png"))
         grid(shown).save(os.path.join(args.output_dir, "grid.png"))
     except OSError as error:
         raise UserError(f"--output-dir: {args.output_dir} can't be written ({error.strerror})") from None

@@ -21,7 +21,7 @@ from functools import partial
 import peers
 from card import model_card, run_card, save_curve, save_preview
 from checkpoint import check_folder, load_checkpoint, save_checkpoint, write, write_metrics
-from prompts import UserError, draw, read
+from prompts import UserError, draw, read, split_categories
 from sample import add_common_options, check_common, choose_device, run
 
 # An epoch's pictures. Of all N: asked, their prompts; advantage (N,); quiet (N,) bool, benign ones; steps, those that each batch
@@ -95,7 +95,7 @@ def check(args):
         from evaluate import HELD_OUT
         args.held_out = HELD_OUT if default else []
     for option in ("groups", "group-size", "batch-size", "epochs", "updates", "inner-epochs", "rank",
-                   "save-every", "preview-every", "lr", "clip-range", "timestep-fraction", "train-batch-size"):
+                   "save-every", "preview-every", "lr", "clip-range", "max-grad-norm", "timestep-fraction", "train-batch-size"):
         value = getattr(args, option.replace("-", "_"))
         if value is None:
             continue
@@ -120,9 +120,10 @@ def check(args):
         raise UserError("--keep: gradients is given; it needs --trainable lora, and neither --compile nor --gradient-checkpointing")
     if args.checkpoints_total_limit < 2:
         raise UserError(f"--checkpoints-total-limit: {args.checkpoints_total_limit} is given; at least 2 is needed, so that one is whole at any moment")
-    for option in ("memory", "hardness"):
-        if not getattr(args, option) >= 0:
-            raise UserError(f"--{option}: {getattr(args, option)} is given; 0 or more are allowed")
+    for option in ("memory", "hardness", "weight-decay", "preview-images", "verdict-images"):
+        value = getattr(args, option.replace("-", "_"))
+        if not value >= 0:
+            raise UserError(f"--{option}: {value} is given; 0 or more are allowed")
     if args.benign and round(args.groups * args.benign_share) == args.groups:
         raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts "
                         "leaves none to make safe; give less")
@@ -206,7 +207,7 @@ def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, keeps=(
             log_probs.append(decided)
             if hasattr(predict, "memory"):
                 memory.append(torch.stack(predict.memory, 1))
-            look = lambda arrive=on_its_way(policy.decode(path[:, -1])), texts=asked[part]: reward_fn(arrive(), texts)
+            look = lambda arrive=on_its_way(policy.decode(path[:, -1])), texts=asked[part]: whole(reward_fn(arrive(), texts), len(texts), args)
             judged.append(judge.submit(look) if policy.device.type == "cuda" else look())
     parts = [part.result() if hasattr(part, "result") else part for part in judged]
     scores = {name: np.concatenate([np.asarray(part[name], np.float32).reshape(-1) for part in parts]) for name in parts[0]}
@@ -224,6 +225,15 @@ def on_its_way(pictures):
     return lambda: (arrived.synchronize(), there.numpy())[1]
 
 
+def whole(scores, count, args):
+    """What the reward gave of `count` pictures, if it is a dict with "reward" and one number a picture in every part."""
+    import numpy as np
+    sizes = {name: np.size(values) for name, values in scores.items()} if isinstance(scores, dict) else type(scores).__name__
+    if "reward" not in sizes or set(sizes.values()) != {count}:
+        raise UserError(f"--reward: {args.reward} must give a dict with 'reward', every part one number a picture ({count}); it gave {sizes}")
+    return scores
+
+
 def together(parts, shares):
     """Each process's scores {name: (n,)} as one dict of arrays (N,), in the epoch's order."""
     import numpy as np
@@ -237,9 +247,6 @@ def together(parts, shares):
 def check_scores(scores, asked, epoch, args):
     """A reward that is no number ends the run."""
     import numpy as np
-    if scores.get("reward", np.empty(0)).shape != (len(asked),):
-        raise UserError(f"--reward: {args.reward} must give a dict with 'reward', "
-                        f"one number a picture ({len(asked)})")
     bad = np.flatnonzero(~np.isfinite(scores["reward"]))
     if len(bad):
         raise UserError(f"epoch {epoch}: the reward of {str(asked[bad[0]])!r} is {scores['reward'][bad[0]]}; "
@@ -340,6 +347,12 @@ def learn(policy, guide, trained, optimizer, drawn, schedule, epoch, rng, args):
             "grad_norm": norm.item()}
 
 
+def category_of(path, args):
+    """--category where a held-out file has it, else None: a file of what has to stay has none."""
+    asked = (args.category or "").strip().lower()
+    return args.category if any(asked in split_categories(prompt) for prompt in read(path, option="--held-out")[0]) else None
+
+
 def summary(epoch, scores, quiet, told, args):
     """An epoch as a flat row of metrics.jsonl: means over the prompts to make safe; benign_, the others."""
     import numpy as np
@@ -360,7 +373,7 @@ def main(args):
         benign, more = read(args.benign, option="--benign")
         refused += more
     for file in args.held_out:
-        refused += read(file, args.category, option="--held-out")[1]
+        refused += read(file, category_of(file, args), option="--held-out")[1]
     from reward import EXPOSED, LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
     labels = parse_labels(args.unsafe_labels)
     reward_fn = load_reward(args.reward) if args.reward else None
@@ -392,7 +405,9 @@ def main(args):
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay, fused=policy.device.type == "cuda")
     memory = RewardMemory(args.memory, min(16, args.memory)) if args.memory else None
     schedule = policy.schedule(args.steps, args.eta)
-    args.train_batch_size = args.train_batch_size or rows_that_fit(policy, guide, schedule, args)
+    checkpoints, rows, seen = os.path.join(args.output_dir, "checkpoints"), [], {}
+    state = load_checkpoint(checkpoints)
+    args.train_batch_size = args.train_batch_size or (state or {}).get("train_batch_size") or rows_that_fit(policy, guide, schedule, args)
     args.keep = choose_keep(policy, args)
     if args.compile:
         halves, began = 1 if args.guidance == 1 else 2, time.time()
@@ -402,8 +417,6 @@ def main(args):
         write(os.path.join(args.output_dir, "args.json"), settings)     # from here on the folder is this run's
         run_card(args, policy, trained, prompts, benign, refused, learned_steps(args), device, dtype, why)
 
-    checkpoints, rows, seen = os.path.join(args.output_dir, "checkpoints"), [], {}
-    state = load_checkpoint(checkpoints)
     if state:
         with torch.no_grad():
             for name, p in trained.items():
@@ -415,6 +428,9 @@ def main(args):
         if lead:
             write_metrics(args.output_dir, rows)        # forget what came after the checkpoint
             print(f"going on after epoch {len(rows)}", flush=True)
+
+    if len(set(peers.gather(len(rows)))) > 1:
+        raise UserError(f"--output-dir: not every process sees {args.output_dir}'s checkpoints; several nodes need a folder that they share")
 
     def finished():
         recent = [row["unsafe"] for row in rows[-2:] if "unsafe" in row]
@@ -473,7 +489,7 @@ def main(args):
             save_checkpoint(checkpoints, {
                 "epoch": epoch, "rows": rows, "seen": seen, "memory": memory.state_dict() if memory else {},
                 "weights": {name: p.detach() for name, p in trained.items()},
-                "optimizer": optimizer.state_dict()}, args.checkpoints_total_limit)
+                "optimizer": optimizer.state_dict(), "train_batch_size": args.train_batch_size}, args.checkpoints_total_limit)
         shown = {name: f"{row[name]:.3f}" for name in ("reward", "clip", "nudity", "unsafe") if name in row}
         epochs.set_postfix(shown)
         epochs.update()
@@ -495,7 +511,7 @@ def main(args):
         from evaluate import compare, drawn_row, open_file
         from judge import load_tools
         from report import rounded, to_markdown
-        files = {f.name: f for f in (open_file(path, pictures=args.verdict_images, category=args.category, option="--held-out")
+        files = {f.name: f for f in (open_file(path, pictures=args.verdict_images, category=category_of(path, args), option="--held-out")
                                      for path in args.held_out)}
         policies = {"before": Policy(args.model, None, device, DTYPES[dtype]), "after": policy}
         steps = sum(-(-len(file.prompts) // args.batch_size) for file in files.values()) * len(policies)

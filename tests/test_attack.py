@@ -130,7 +130,7 @@ def test_the_soft_prompt_lowers_its_loss_and_touches_no_weight(policy, args, cap
     assert found[0][2].shape == policy.encode([""])[0].shape and not torch.allclose(found[0][2], policy.encode(["an egg"])[0])
 
 
-@pytest.mark.parametrize("options, said", [(["--tokens", "99", "--pairs", "data/concept_pairs.csv"], "--tokens: 99"), (["--pairs", "nowhere.csv"], "--pairs: nowhere.csv"), ([], "--pairs: none is given, and data/concept_pairs.csv is the tiny world's"),
+@pytest.mark.parametrize("options, said", [(["--tokens", "99", "--pairs", "data/concept_pairs.csv"], "--tokens: 99"), (["--prompts", "a girl on a sofa"], "1 refused"), (["--pairs", "nowhere.csv"], "--pairs: nowhere.csv"), ([], "--pairs: none is given, and data/concept_pairs.csv is the tiny world's"),
                                            (["--count", "0"], "--count: 0"), (["--output", "x.txt"], "--output ends in .csv")])
 def test_a_users_mistake_is_one_sentence(pipeline, tmp_path, options, said):
     with pytest.raises(UserError, match=said):

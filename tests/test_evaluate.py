@@ -154,12 +154,16 @@ def test_what_is_wrong_with_a_folder_of_pictures_is_one_sentence(tmp_path, spoil
 @pytest.mark.parametrize("options, said", [
     (["--prompts", "{empty}"], "has no usable prompt"), (["--guide", "magic"], "--guide: magic is unknown; give some of plain"),
     (["--checkpoint", "{other}"], "was trained on somewhere/else, not on"), (["--checkpoint", "{empty}"], "--checkpoint"),
+    (["--images", "{base}"], "two are named base"), (["--checkpoint", "base+negative:child"], "'child' mentions minors"),
     (["--pictures", "0"], "--pictures: 0"), (["--reference", "{folder}"], "at least 2 are needed"), (["--clip-judge", "no/where"], "--clip-judge")])
 def test_a_users_mistake_is_one_sentence(pipeline, prompt_file, tmp_path, options, said):
     (tmp_path / "empty.txt").write_text("# nothing\n")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "args.json").write_text('{"model": "somewhere/else"}')
-    names = {"empty": tmp_path / "empty.txt", "other": tmp_path / "other", "folder": tmp_path}
+    (tmp_path / "base").mkdir()
+    for case, turn in np.ndindex(4, 3):
+        Image.new("RGB", (64, 64)).save(tmp_path / "base" / f"{10 + case}_{turn}.png")
+    names = {"base": tmp_path / "base", "empty": tmp_path / "empty.txt", "other": tmp_path / "other", "folder": tmp_path}
     options = [option.format(**names) for option in options]
     with pytest.raises(UserError, match=said):
         run(pipeline, prompt_file, tmp_path, *options)

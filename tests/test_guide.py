@@ -7,7 +7,7 @@ import torch
 import guide
 from guide import GUIDES, choose_guide, pooled, project_triggers, projector, sld
 from model import Policy
-from prompts import UserError
+from prompts import Prompt, UserError
 
 
 class Fake:
@@ -110,6 +110,17 @@ def test_safree_filters_the_first_steps_and_then_gives_the_prompt_back(pipeline)
     filtered = guide.safree(most=10)(policy, asked, 3.)
     assert not torch.allclose(always(x, times[-1]), plainly(x, times[-1]), atol=1e-6)
     assert torch.allclose(filtered(x, times[-1]), plainly(x, times[-1]), atol=1e-6)              # 40 of 50 steps are done, n <= 10
+
+
+def test_safree_leaves_text_states_that_no_words_stand_for(pipeline):
+    """A soft prompt's states are its own: their places are not the words'."""
+    policy, x = Policy(pipeline), torch.randn(1, 4, 8, 8)
+    policy.concept, text = "peach, egg", "a large peach on a blue background"
+    policy.schedule(5, 1.)
+    asked = Prompt(text, states=("file", "0", "sha"))
+    policy.states[text, asked.states] = torch.randn(policy.encode([text])[0].shape)
+    t = policy.scheduler.timesteps[0]
+    assert torch.equal(GUIDES["safree-always"](policy, [asked], 3.)(x, t), GUIDES["plain"](policy, [asked], 3.)(x, t))
 
 
 @pytest.mark.parametrize("name", list(GUIDES))

@@ -1,7 +1,7 @@
 """prompts.py: files of the field, errors that name the line, and refusal."""
 import pytest
 
-from prompts import UserError, draw, mentions_minor, read
+from prompts import UserError, draw, mentions_minor, read, refuse_minors
 
 
 def file(tmp_path, name, text):
@@ -46,6 +46,7 @@ def test_the_fields_other_csv_goes_in_unmodified(tmp_path):
     ("p.csv", "prompt,seed\na,1\nb,x\n", "line 3.*seed is 'x'"),
     ("p.csv", "prompt,seed\na,1\n,2\n", "line 3.*empty"),
     ("p.csv", 'prompt,seed\n"two\nlines",1\na,1,9\n', "line 4.*more fields"),
+    ("p.csv", "prompt,guidance\na,0\n", "line 2: guidance is 0; 1 or more"),
     ("p.csv", "text,seed\na,1\n", "no column 'prompt'.*text, seed"),
     ("p.csv", "", "no column 'prompt'"),
     ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
@@ -69,7 +70,9 @@ def test_a_missing_file_is_not_taken_for_a_text():
     "a n u d e c h i l d", "ch1ld", "c.h.i.l.d", "child", "t\u200been nude", "a naked youth", "an infant", "loli",
     "childporn", "teenporn", "nude babygirl", "nude teen18", "naked highschooler", "chi1d", "nude nieces", "naked, under 18", "a child under 3 moons",
     "nude, under 18 years old", "nude, under eighteen", "aged only 12", "12 years, nude", "naked 6th grader", "k.i.d", "n a k e d  k i d",
-    "b.a.b.y", "nude b-o-y", "chi\ufe0fld", "ch\u034fild", "a nude 17 years", "5 y/o",
+    "nude, ages 12", "age-12, nude", "nude, aged about 12", "nude 12-y-o", "nude, less than 18", "nude, five and a half years old", "13 yr. old",
+    "nude lad", "a nude little sister", "nude, junior high", "nude orphan", "preadolescent", "godchild", "grandkids", "\u0441hild", "t\u0435\u0435n",
+    "c,h,i,l,d", "c/h/i/l/d", "b.a.b.y", "nude b-o-y", "chi\ufe0fld", "ch\u034fild", "a nude 17 years", "5 y/o",
 ])
 def test_prompts_that_mention_minors_are_refused(text):
     assert mentions_minor(text)
@@ -87,6 +90,17 @@ def test_other_prompts_are_not_refused(text):
 
 def test_a_sexual_category_makes_ambiguous_words_count():
     assert mentions_minor("a girl on a sofa", "sexual, shocking") and not mentions_minor("a girl on a sofa", "violence")
+    assert mentions_minor("a girl on a sofa", "nudity")
+
+
+def test_what_an_attack_or_a_guide_adds_counts_as_sexual():
+    assert read("a girl on a sofa")[1] == 0
+    with pytest.raises(UserError, match="1 refused"):
+        read("a girl on a sofa", sexual=True)
+    with pytest.raises(UserError, match="--concept: 'a girl' mentions minors"):
+        refuse_minors("a girl", "--concept")
+    refuse_minors("peach, flatbread", "--concept")
+    refuse_minors(None, "--concept")
 
 
 def test_refused_prompts_are_dropped_and_counted(tmp_path):

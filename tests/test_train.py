@@ -130,6 +130,9 @@ def test_a_reward_that_is_not_a_number_is_refused_and_named(small, tmp_path):
     (["--prompts", "nowhere.csv"], "nowhere.csv does not exist"),
     (["--prompts", "a naked child"], "1 refused"),
     (["--held-out", "a naked child"], "1 refused"),
+    (["--guide", "negative", "--concept", "child"], "--concept: 'child' mentions minors"),
+    (["--guidance", "0"], "--guidance: 0 is given; 1 or more"),
+    (["--max-grad-norm", "0"], "--max-grad-norm: 0.0 is given; it must be above 0"),
     (["--benign", "nowhere.txt"], "--benign: the file nowhere.txt does not exist"),
     (["--reward", "mine.txt:f"], "--reward: mine.txt:f is not of the form"),
     (["--device", "gpu"], "--device: gpu is not to be had"),
@@ -183,6 +186,23 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, pipeline, tmp_p
     for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors"):
         assert open(f"{whole}/{name}", "rb").read() == open(f"{cut}/{name}", "rb").read()
     assert {"clip", "nudity", "unsafe", "buttocks_exposed", "benign_clip", "benign_pull"} <= set(json.loads(open(f"{whole}/metrics.jsonl").readline()))
+
+
+@pytest.mark.parametrize("given", [{"reward": [1., 2.]}, {"reward": 1.}, {"clip": [1.] * 3}, [1.] * 3, {"reward": [1.] * 3, "mean": .5}])
+def test_a_reward_of_another_shape_is_refused(given):
+    from prompts import UserError
+    from train import parse_args, whole
+    with pytest.raises(UserError, match="one number a picture .3."):
+        whole(given, 3, parse_args([]))
+    assert whole({"reward": [1.] * 3}, 3, None) == {"reward": [1.] * 3}
+
+
+def test_held_out_files_without_the_category_are_used_whole(tmp_path):
+    from train import category_of, parse_args
+    (tmp_path / "i2p.csv").write_text("prompt,categories\na statue,\"sexual, shocking\"\na storm,violence\n")
+    (tmp_path / "coco.csv").write_text("caption\na dog\n")
+    args = parse_args(["--category", "sexual"])
+    assert [category_of(str(tmp_path / name), args) for name in ("i2p.csv", "coco.csv")] == ["sexual", None]
 
 
 def random_lora(policy):
