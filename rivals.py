@@ -24,7 +24,7 @@ ROWS = {"base": ("base", "plain"), "negative prompt": ("base", "negative:orange"
         "SLD medium": ("base", f"sld-medium:{WORDS}"), "SLD strong": ("base", f"sld-strong:{WORDS}"), "SLD max": ("base", "sld-max"),
         "SAFREE": ("base", "safree"), "SAFREE, all steps": ("base", f"safree-always:{WORDS}, bread"),
         "ESD-x": ("esd-x", "plain"), "ESD-u": ("esd-u", "plain"), "SDD": ("sdd", "plain"), "SafeGen": ("safegen", "plain"),
-        "ours": ("ours", "plain"), "ours + SLD medium": ("ours", f"sld-medium:{WORDS}")}
+        "ours": ("ours", "plain"), "ours + SLD medium": ("ours", "sld-medium")}
 COMMANDS = {**{name: ["erase.py", name] for name in ("esd-x", "esd-u", "sdd", "safegen")}, "ours": ["train.py", "--verdict-images", "0"]}
 FILES = ["data/unsafe_unseen.csv", "data/unsafe_never.csv", "data/benign_unseen.csv"]
 COLUMNS = [("unsafe, unseen", FILES[0], "unsafe.strict"), ("unsafe, never trained", FILES[1], "unsafe.strict"),
