@@ -268,9 +268,9 @@ def time_to_target(folder, repeats):
     import glob
     import statistics
     import torch
-    from prompts import read
+    from evaluate import open_file
     from reward import THRESHOLD
-    from sample import generate, spread
+    from sample import generate
     from train import parse_args
     args, kept = parse_args([]), sorted(glob.glob(os.path.join(folder, "checkpoints", "epoch_*.pt")))
     if not kept:
@@ -282,14 +282,14 @@ def time_to_target(folder, repeats):
     epoch = Epoch(args)
     epoch.run()
     seconds = statistics.median(whole_epoch(epoch.run()) for _ in range(repeats))
-    policy, asked = epoch.policy, {file: spread(read(file)[0], PICTURES, 1_000_000) for file in (UNSAFE, BENIGN)}
+    policy, files = epoch.policy, {path: open_file(path, pictures=PICTURES) for path in (UNSAFE, BENIGN)}
 
-    def look(file):
-        prompts, seeds = asked[file]
-        pictures = generate(policy, epoch.guide, prompts, seeds, args.steps, args.eta, args.guidance, args.batch_size)
-        if file == UNSAFE:
+    def look(path):
+        file = files[path]
+        pictures = generate(policy, epoch.guide, file.prompts, file.seeds, args.steps, args.eta, args.guidance, args.batch_size)
+        if path == UNSAFE:
             return (epoch.nudity(pictures)[:, epoch.columns].max(1) >= THRESHOLD).mean()
-        return epoch.clip(pictures, [prompt.safe_text for prompt in prompts]).mean()
+        return epoch.clip(pictures, [prompt.safe_text for prompt in file.prompts]).mean()
     with policy.base():
         before = look(BENIGN)
         lines = [f"{folder}: {seconds:.2f} s an epoch; base {look(UNSAFE):.1%} unsafe"]

@@ -167,6 +167,12 @@ def split_categories(prompt):
     return [c.strip().lower() for c in prompt.category.split(",") if c.strip()]
 
 
+def category_in(source, category, option):
+    """The category where a file has it, else None: a file of what has to stay has none, and is used whole."""
+    asked = (category or "").strip().lower()
+    return category if any(asked in split_categories(p) for p in read(source, option=option)[0]) else None
+
+
 def txt_rows(file, source):
     for number, line in enumerate(file, 1):
         if line.strip() and not line.lstrip().startswith("#"):

@@ -18,7 +18,8 @@ from prompts import UserError
 from report import shown
 from sample import make_folder, run
 
-# row -> (checkpoint, guide:words); a checkpoint is made by its command; words and settings are the best on the training prompts (results/log.md)
+# row -> (checkpoint, guide:words); a checkpoint is made by its command; words and settings are the rivals' best on the training prompts
+# (results/log.md); without words it is the names of the emoji
 WORDS = "orange, brown, round"
 ROWS = {"base": ("base", "plain"), "negative prompt": ("base", "negative:orange"), "SLD weak": ("base", f"sld-weak:{WORDS}, bread"),
         "SLD medium": ("base", f"sld-medium:{WORDS}"), "SLD strong": ("base", f"sld-strong:{WORDS}"), "SLD max": ("base", "sld-max"),

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter, defaultdict
 
 from prompts import UserError, read, refuse_minors
 
@@ -84,6 +85,13 @@ def spread(prompts, count, seed):
     picked = [prompts[i % len(prompts)] for i in range(count)]
     own = [p.seed if i < len(prompts) else None for i, p in enumerate(picked)]
     return picked, [seed + i if s is None else s for i, s in enumerate(own)]
+
+
+def file_names(prompts):
+    """CASE.png each, or CASE_TURN.png where a case has several pictures: the names that evaluate.py --images reads."""
+    count, turns = Counter(prompt.case for prompt in prompts), defaultdict(itertools.count)
+    several = max(count.values()) > 1
+    return [f"{prompt.case:05d}" + f"_{next(turns[prompt.case])}" * several + ".png" for prompt in prompts]
 
 
 def choose_device(device, dtype, learning=False):
@@ -217,10 +225,8 @@ def main(args):
     fires = Nudity()(pictures)[:, [LABELS.index(label) for label in {*labels, *EXPOSED}]].max(1) >= THRESHOLD
     shown = pictures if args.no_censor else pixelate(pictures, fires)
     try:
-        cases = [prompt.case for prompt in prompts]
-        for i, picture in enumerate(shown):             # CASE.png, or CASE_TURN.png where a case has several
-            turn = f"_{cases[:i].count(cases[i])}" if len(set(cases)) < len(cases) else ""
-            Image.fromarray(picture).save(os.path.join(args.output_dir, f"{cases[i]:05d}{turn}.png"))
+        for name, picture in zip(file_names(prompts), shown):
+            Image.fromarray(picture).save(os.path.join(args.output_dir, name))
         grid(shown).save(os.path.join(args.output_dir, "grid.png"))
     except OSError as error:
         raise UserError(f"--output-dir: {args.output_dir} can't be written ({error.strerror})") from None

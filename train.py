@@ -21,7 +21,7 @@ from functools import partial
 import peers
 from card import model_card, run_card, save_curve, save_preview
 from checkpoint import check_folder, load_checkpoint, save_checkpoint, write, write_metrics
-from prompts import UserError, draw, read, split_categories
+from prompts import UserError, category_in, draw, read
 from sample import add_common_options, check_common, choose_device, run
 
 # An epoch's pictures. Of all N: asked, their prompts; advantage (N,); quiet (N,) bool, benign ones; steps, those that each batch
@@ -228,9 +228,10 @@ def on_its_way(pictures):
 def whole(scores, count, args):
     """What the reward gave of `count` pictures, if it is a dict with "reward" and one number a picture in every part."""
     import numpy as np
-    sizes = {name: np.size(values) for name, values in scores.items()} if isinstance(scores, dict) else type(scores).__name__
+    sizes = {name: np.size(values) for name, values in scores.items()} if isinstance(scores, dict) else {}
     if "reward" not in sizes or set(sizes.values()) != {count}:
-        raise UserError(f"--reward: {args.reward} must give a dict with 'reward', every part one number a picture ({count}); it gave {sizes}")
+        raise UserError(f"--reward: {args.reward} must give a dict with 'reward', every part one number a picture ({count}); "
+                        f"it gave {sizes or type(scores).__name__}")
     return scores
 
 
@@ -347,12 +348,6 @@ def learn(policy, guide, trained, optimizer, drawn, schedule, epoch, rng, args):
             "grad_norm": norm.item()}
 
 
-def category_of(path, args):
-    """--category where a held-out file has it, else None: a file of what has to stay has none."""
-    asked = (args.category or "").strip().lower()
-    return args.category if any(asked in split_categories(prompt) for prompt in read(path, option="--held-out")[0]) else None
-
-
 def summary(epoch, scores, quiet, told, args):
     """An epoch as a flat row of metrics.jsonl: means over the prompts to make safe; benign_, the others."""
     import numpy as np
@@ -373,7 +368,7 @@ def main(args):
         benign, more = read(args.benign, option="--benign")
         refused += more
     for file in args.held_out:
-        refused += read(file, category_of(file, args), option="--held-out")[1]
+        refused += read(file, category_in(file, args.category, "--held-out"), option="--held-out")[1]
     from reward import EXPOSED, LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
     labels = parse_labels(args.unsafe_labels)
     reward_fn = load_reward(args.reward) if args.reward else None
@@ -511,7 +506,7 @@ def main(args):
         from evaluate import compare, drawn_row, open_file
         from judge import load_tools
         from report import rounded, to_markdown
-        files = {f.name: f for f in (open_file(path, pictures=args.verdict_images, category=category_of(path, args), option="--held-out")
+        files = {f.name: f for f in (open_file(path, pictures=args.verdict_images, category=category_in(path, args.category, "--held-out"), option="--held-out")
                                      for path in args.held_out)}
         policies = {"before": Policy(args.model, None, device, DTYPES[dtype]), "after": policy}
         steps = sum(-(-len(file.prompts) // args.batch_size) for file in files.values()) * len(policies)

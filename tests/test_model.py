@@ -85,6 +85,15 @@ def test_a_fully_trained_unet_is_saved_and_loaded_back(pipeline, tmp_path):
     assert torch.equal(again.unet.conv_in.weight, policy.unet.conv_in.weight)
 
 
+def test_pictures_of_one_case_get_names_of_their_own():
+    from prompts import Prompt
+    from sample import file_names
+    one, two = Prompt("a", case=7), Prompt("b", case=12)
+    assert file_names([one, two]) == ["00007.png", "00012.png"]
+    assert file_names([one, two, one, two]) == ["00007_0.png", "00012_0.png", "00007_1.png", "00012_1.png"]
+    assert file_names([one, one, two]) == ["00007_0.png", "00007_1.png", "00012_0.png"]             # two rows of one case
+
+
 def test_picture_seventeen_is_the_same_in_any_batch(pipeline):
     policy, prompts, seeds = Policy(pipeline), ["a dog", "a cat", "a peach"] * 3, list(range(9))
     whole = generate(policy, plain, prompts, seeds, 4, 1., 2., batch_size=9)

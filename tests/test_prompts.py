@@ -1,7 +1,7 @@
 """prompts.py: files of the field, errors that name the line, and refusal."""
 import pytest
 
-from prompts import UserError, draw, mentions_minor, read, refuse_minors
+from prompts import UserError, category_in, draw, mentions_minor, read, refuse_minors
 
 
 def file(tmp_path, name, text):
@@ -91,6 +91,11 @@ def test_other_prompts_are_not_refused(text):
 def test_a_sexual_category_makes_ambiguous_words_count():
     assert mentions_minor("a girl on a sofa", "sexual, shocking") and not mentions_minor("a girl on a sofa", "violence")
     assert mentions_minor("a girl on a sofa", "nudity")
+
+
+def test_a_category_counts_where_a_file_has_it(tmp_path):
+    mixed, captions = file(tmp_path, "i2p.csv", 'prompt,categories\na statue,"sexual, shocking"\na storm,violence\n'), file(tmp_path, "coco.csv", "caption\na dog\n")
+    assert [category_in(path, "Sexual ", "--held-out") for path in (mixed, captions)] == ["Sexual ", None] and category_in(mixed, None, "--held-out") is None
 
 
 def test_what_an_attack_or_a_guide_adds_counts_as_sexual():

@@ -197,14 +197,6 @@ def test_a_reward_of_another_shape_is_refused(given):
     assert whole({"reward": [1.] * 3}, 3, None) == {"reward": [1.] * 3}
 
 
-def test_held_out_files_without_the_category_are_used_whole(tmp_path):
-    from train import category_of, parse_args
-    (tmp_path / "i2p.csv").write_text("prompt,categories\na statue,\"sexual, shocking\"\na storm,violence\n")
-    (tmp_path / "coco.csv").write_text("caption\na dog\n")
-    args = parse_args(["--category", "sexual"])
-    assert [category_of(str(tmp_path / name), args) for name in ("i2p.csv", "coco.csv")] == ["sexual", None]
-
-
 def random_lora(policy):
     import torch
     trained = policy.train("lora", 4, "all")
