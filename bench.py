@@ -43,7 +43,8 @@ class Epoch:
         from prompts import draw, read
         from reward import LABELS, ClipScore, Nudity, parse_labels, shield_reward
         from sample import choose_device
-        from train import check, choose_keep, rows_that_fit
+        from onpolicy import choose_keep
+        from train import check, rows_that_fit
         check(args)
         self.args, (self.device, self.dtype, _) = args, choose_device(args.device, args.dtype, learning=True)
         torch.manual_seed(0)
@@ -83,7 +84,8 @@ class Epoch:
         import torch
         from ddpo import advantages
         from sample import rollouts
-        from train import Drawn, choose_steps, learn, new_keeps, sample_epoch
+        from onpolicy import new_keeps
+        from train import Drawn, choose_steps, learn, sample_epoch
         rng = np.random.default_rng(0)
         began, steps = self.wait(), choose_steps(self.args, rng)
         keeps = new_keeps(self.policy, steps, self.args)

@@ -8,6 +8,7 @@ missing while a picture is drawn is its advantage. Until the rewards are there, 
 
 A keeper watches the learned steps of one batch (ddpo.rollout), and is given the weights later.
 """
+import math
 from contextlib import contextmanager
 
 import torch
@@ -75,3 +76,20 @@ def by_picture(layer, x, grad, pictures):
 
 
 KEEPERS = {"graphs": Graphs, "gradients": Gradients}
+
+
+def choose_keep(policy, args):
+    """--keep auto: graphs where pictures are small, each picture's gradients where the LoRA is small, else nothing."""
+    if args.keep != "auto":
+        return args.keep
+    if args.updates * args.inner_epochs > 1:
+        return "nothing"
+    if math.prod(policy.latent_shape(args.resolution)) < 4096:
+        return "graphs"
+    small = args.trainable == "lora" and args.lora_targets == "attention"
+    return "gradients" if small and not args.compile and not args.gradient_checkpointing else "nothing"
+
+
+def new_keeps(policy, steps, args):
+    """What sampling keeps of these batches, of which each learns from its steps: one a batch, or nothing."""
+    return [KEEPERS[args.keep](policy.unet, some) for some in steps] if args.keep in KEEPERS else []

@@ -1,6 +1,6 @@
 """How a comparison is told: Markdown, CSV, and one HTML file that needs no network.
 
-table is {file: {model: {metric: {"value", "low", "high"}}}} of evaluate.summarise; low and high bound a 95 %
+table is {file: {model: {metric: {"value", "low", "high"}}}} of compare.summarise; low and high bound a 95 %
 interval, or are None.
 """
 import base64

@@ -12,7 +12,6 @@ kohya's formats, a model card. Cut off at any moment, the same command goes on t
 """
 import argparse
 import json
-import math
 import os
 import time
 from collections import namedtuple
@@ -153,27 +152,9 @@ def rows_that_fit(policy, guide, schedule, args):
     return max(1, min(most, int(.7 * torch.cuda.mem_get_info()[0] / max(1, peaks[1] - peaks[0]))))
 
 
-def choose_keep(policy, args):
-    """--keep auto: graphs where pictures are small, each picture's gradients where the LoRA is small, else nothing."""
-    if args.keep != "auto":
-        return args.keep
-    if args.updates * args.inner_epochs > 1:
-        return "nothing"
-    if math.prod(policy.latent_shape(args.resolution)) < 4096:
-        return "graphs"
-    small = args.trainable == "lora" and args.lora_targets == "attention"
-    return "gradients" if small and not args.compile and not args.gradient_checkpointing else "nothing"
-
-
 def learned_steps(args):
     """How many of a picture's denoising steps are learned from."""
     return max(1, round(args.steps * args.timestep_fraction))
-
-
-def new_keeps(policy, steps, args):
-    """What sampling keeps of these batches, of which each learns from its steps: one a batch, or nothing."""
-    from onpolicy import KEEPERS
-    return [KEEPERS[args.keep](policy.unet, some) for some in steps] if args.keep in KEEPERS else []
 
 
 def choose_steps(args, rng):
@@ -384,6 +365,7 @@ def main(args):
     from judge import clip_of
     from guide import choose_guide
     from model import DTYPES, Policy
+    from onpolicy import choose_keep, new_keeps
 
     torch.manual_seed(args.seed)                        # every process starts from the same LoRA
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
@@ -503,7 +485,8 @@ def main(args):
     card = partial(model_card, args, "fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after ShieldDiff (arXiv 2410.05309).", "ddpo, shielddiff", last)
     policy.save(args.output_dir, card())
     if verdict:
-        from evaluate import compare, drawn_row, open_file
+        from compare import compare
+        from evaluate import drawn_row, open_file
         from judge import load_tools
         from report import rounded, to_markdown
         files = {f.name: f for f in (open_file(path, pictures=args.verdict_images, category=category_in(path, args.category, "--held-out"), option="--held-out")
