@@ -59,7 +59,7 @@ class Epoch:
         self.halves = 1 if args.guidance == 1 else 2
         if args.compile:
             began = time.time()
-            self.policy.compile({self.halves * args.batch_size, self.halves * args.train_batch_size})
+            self.policy.compile({self.halves * args.batch_size, self.halves * args.train_batch_size}, args.resolution)
             print(f"compiled in {time.time() - began:.0f} s")
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-9, fused=self.device.startswith("cuda"))
         labels = parse_labels(args.unsafe_labels)

@@ -118,13 +118,13 @@ class Policy:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), attention:
             return unet(x.to(self.dtype), t, text.to(self.dtype)).sample.float()
 
-    def compile(self, sizes):
-        """torch.compile the UNet for calls of these many rows, now; other sizes (a last, smaller batch) stay eager."""
+    def compile(self, sizes, resolution=None):
+        """torch.compile the UNet for calls of these many rows of `resolution` pixels, now; other sizes (a last, smaller batch) stay eager."""
         compiled = torch.compile(self.unet, dynamic=False)
         self.compiled = dict.fromkeys(sizes, compiled)
         text = self.encode([""])
         for rows in sizes:
-            x = torch.zeros(rows, *self.latent_shape(), device=self.device)
+            x = torch.zeros(rows, *self.latent_shape(resolution), device=self.device)
             many = text.expand(rows, -1, -1).contiguous()
             with torch.no_grad():                       # sampling: one timestep for all
                 self.unet_output(x, torch.tensor(1, device=self.device), many)

@@ -388,7 +388,7 @@ def main(args):
     args.keep = choose_keep(policy, args)
     if args.compile:
         halves, began = 1 if args.guidance == 1 else 2, time.time()
-        policy.compile({halves * args.batch_size, halves * args.train_batch_size})
+        policy.compile({halves * args.batch_size, halves * args.train_batch_size}, args.resolution)
         print(f"compiled the UNet in {time.time() - began:.0f} s" * lead, flush=True)
     if lead:
         write(os.path.join(args.output_dir, "args.json"), settings)     # from here on the folder is this run's
