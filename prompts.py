@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import sys
 import unicodedata
 
 ALIASES = {"prompt": ("prompt", "caption"), "safe_text": ("safe_text",),
@@ -51,38 +52,41 @@ class Prompt(str):
 # before it unlearns it, so no context is innocent enough. Words that may mean an adult (girl, boy,
 # young, student) are refused when anything sexual stands beside them.
 MINOR = re.compile(r"""\b(?:
-      (?:step|god|grand)?child(?:ren|s|hood|like|ish)? | (?:step|grand)?kid(?:s|do|dos|die|dies|dy)? | toddlers? | bab(?:y|ies|e\sin\sarms)
+      (?:step|god|grand)?child(?:ren|s|hood|like|ish)? | (?:step|grand)?kid(?:s|do|dos|die|dies|dy)? | toddlers?
+    | bab(?:y|ies)(?!\s(?:sheep|corn|(?:animal|elephant|giraffe|zebra|bear|cow|horse|lamb|goat|bird|duck|seal|carrot)s?)\b) | babe\sin\sarms
     | infants? | newborns? | pre-?teens? | tweens? | teens? | teen-?age(?:r|rs|d)? | (?:pre-?)?adolescen(?:t|ts|ce)
     | juveniles? | minors | under-?\s?aged?
     | (?:a|the|is|female|male|sexy|nude|naked)\s+minor(?!\s+(?:key|chord|scale|league|planet|injur|third))
     | school-?\s?(?:girl|boy|child|kid)(?:s|ren)? | pre-?schoolers? | kindergart(?:en|ner|eners?|ners)
     | (?:elementary|primary|middle|high|grade)[\s-]?school(?:er|ers|girl|boy|girls|boys)?
-    | (?:\d+(?:st|nd|rd|th)|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)[\s-]grade(?:r|rs)?
+    | (?:\d+(?:st|nd|rd|th)|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth)[\s-]grade(?:r|rs)?
     | (?:little|young|small|tiny|baby)[\s-](?:girl|boy)s? | (?:boy|girl)[\s-]?scouts? | cub[\s-]scouts?
     | loli(?:s|con|ta|tas)? | shota(?:s|con)? | jail-?bait | pa?edo(?:s|phil\w*)?
     | pubescent | pre-?pubescent | puberty
-    | youngsters? | youths? | daughters? | stepdaughters? | nymphets?
+    | youngsters? | youths? | (?:step|grand|god)?daughters? | nymphets?
     )\b""", re.X)
 MAYBE_MINOR = re.compile(
-    r"\b(?:girls?|boys?|young(?:er|est)?|youth(?:ful)?|students?|pupils?|sons?|stepsons?|nieces?|nephews?"
+    r"\b(?:girls?|boys?|young(?:er|est)?|youth(?:ful)?|students?|pupils?|(?:step|grand|god)?sons?|nieces?|nephews?"
     r"|lads?|lass(?:es|ies?)?|(?:little|baby|kid)\s(?:sister|brother)s?|boyhood|girlhood|junior\shigh|freshm[ae]n|tots?|orphans?"
-    r"|cherub\w*|petite|flat[\s-]chested|innocent|virgin\w*|cheerleaders?|uniform|minor|barely\s?legal)\b")
+    r"|cherub\w*|petite|flat[\s-]chested|innocent|virgin\w*|cheerleaders?|school\suniforms?|minor|barely\s?legal)\b")
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
            "sixteen seventeen eighteen").split()
 NUMBER = r"(?P<{0}>\d{{1,2}}|" + "|".join(NUMBERS) + r")"
 AGE = re.compile(
     r"\b(?:aged|ages?(?:\sof)?)(?:\s+(?:only|just|about|around|nearly|almost))?[\s:=(-]*" + NUMBER.format("a") + r"\b"
     r"|\b(?P<under>under|below|younger than|less than)(?: the)?(?: age)?(?: of)?[\s-]*" + NUMBER.format("u") + r"\b"
-    r"|\b" + NUMBER.format("b") + r"[\s-]*(?:and a half\s)?(?:(?:years?|yrs?|months?)[\s.-]*(?:old|of\sage)|y[\s./-]?o\b)")
-YEARS = re.compile(r"\b" + NUMBER.format("y") + r"[\s-]*(?:years?|yrs?)\b")     # counts beside something sexual
+    r"|\b" + NUMBER.format("b") + r"[\s-]*(?:and a half\s)?(?:(?:years?|yrs?|months?)[\s.-]*(?:old|of\sage)|y[\s./-]{0,2}o\b)")
+YEARS = re.compile(r"\b" + NUMBER.format("y") + r"[\s-]*(?:years?|yrs?)\b"       # these count beside something sexual
+                   r"|(?:^|[,;(])\s*" + NUMBER.format("alone") + r"\s*(?=$|[;)|]|,(?!\d))")
 SEXUAL = re.compile(
-    r"nud|nake|sex|porn|erot|bare\b|topless|bottomless|undress|unclothed|strip|lingerie|underwear|pant(?:y|ies)"
-    r"|bikini|swim|thong|breast|boob|nippl|tits?\b|butt|\bass\b|\barse|genital|penis|vagin|vulva|puss|cock\b"
-    r"|dick\b|orgas|fetish|hentai|nsfw|lewd|lust|sensual|seduc|provocativ|bedroom|kinky|bdsm|cleavage"
-    r"|see-through|sheer|shower|bath|explicit|xxx|onlyfans|playboy|venus")
+    r"nud|nake|sex|porn|erot|\bbare\b(?!\s(?:feet|foot|hand|tree|branch|wall|floor))|\bbared\b|topless|bottomless|undress|unclothed|unclad|disrob"
+    r"|\b(?:no|without|off)\s(?:\w+\s){0,2}cloth|wearing nothing|nothing on\b|au naturel|in the buff|strip(?!e)|lingerie|underwear|pant(?:y|ies)"
+    r"|\bbras?\b|g-?string|bikini|swim|thong|breast|boob|nippl|tits?\b|butt(?!er|on|ress)|\bass\b|\barse|genital|penis|vagin|vulva|puss|cock\b"
+    r"|dick\b|orgas|masturb|intercourse|(?:blow|hand)[\s-]?job|\brap(?:e|ed|es|ing)\b|\bcum|ahegao|fetish|hentai|nsfw|lewd|lust|sensual|seduc"
+    r"|provocativ|bedroom|kinky|bdsm|cleavage|see-through|sheer|shower|bath(?!room)|explicit|xxx|onlyfans|playboy|venus")
 # beginnings of words that count inside others too (teenporn, babygirl) when something sexual is near
-STEMS = re.compile(r"child|teen|toddler|infant|underage|school(?:girl|boy|kid)|loli(?:ta|con)|shota|baby"
-                   r"|kid(?!ney|nap)|boys?\b|girl|minor|jailbait")
+STEMS = re.compile(r"child|teen|toddler|infant|underage|school(?:girl|boy|kid)|loli(?:ta|con)|shota|baby(?!lon)"
+                   r"|kid(?!ney|nap|man\b)|(?<!play)(?<!cow)boys?\b|(?<!cow)girl(?!friend)|minor|jailbait")
 ALIKE = str.maketrans("аеорсухіѕјкмтнвԁһӏαειοκρτυνχ", "aeopcyxisjkmthbdhlaeiokptuvx")      # Cyrillic and Greek letters that look Latin
 LEET = [str.maketrans("013457@$!|", f"o{one}eastasi{one}") for one in "il"]
 
@@ -100,7 +104,7 @@ def mentions_minor(text, category=""):
         young = years_of(age["a"] or age["b"] or age["u"]) < 18 + bool(age["under"])
         if young and (sexual or not age["under"]):      # "under 12 stars" is no age, beside nudity it is one
             return True
-    if sexual and any(years_of(years["y"]) < 18 for years in YEARS.finditer(plain)):
+    if sexual and any(years_of(years["y"] or years["alone"]) < 18 for years in YEARS.finditer(plain)):
         return True
     return (any(MINOR.search(t) for t in readings + spelled)
             or any(STEMS.search(t) for t in spelled if len(t) > 3)
@@ -131,6 +135,8 @@ def read(source, category=None, limit=None, option="--prompts", sexual=False):
             raise UserError(f"{option}: {source} is no prompt file; its name must end in .txt, .csv or .jsonl")
         if not source.strip():
             raise UserError(f"{option}: the text is empty; give a sentence or a .txt, .csv or .jsonl file")
+        if re.fullmatch(r"\S*/\S*|\S+\.\w{1,5}", source.strip()):
+            raise UserError(f"{option}: {source} is neither a file nor a sentence; a prompt file ends in .txt, .csv or .jsonl")
         rows = [(1, {"prompt": source})]
     else:
         if not os.path.isfile(source):
@@ -150,6 +156,9 @@ def read(source, category=None, limit=None, option="--prompts", sexual=False):
         except OSError as error:
             raise UserError(f"{option}: {source} has text states, but {given} can't be read ({error.strerror})") from None
     found = [parse(row, place, f"{option}: {source}, line {number}", given) for place, (number, row) in enumerate(rows)]
+    for number in (number for (number, _), prompt in zip(rows, found) if not prompt):      # I2P has one
+        print(f"{option}: {source}, line {number} is left out, its prompt is empty", file=sys.stderr)
+    found = [prompt for prompt in found if prompt]
     if category:
         wanted = category.strip().lower()
         known = sorted({c for p in found for c in split_categories(p)})
@@ -180,7 +189,7 @@ def txt_rows(file, source):
 
 
 def csv_rows(file, source):
-    reader = csv.DictReader(file)
+    reader = csv.DictReader(file, strict=True)
     header = reader.fieldnames or []
     if not set(ALIASES["prompt"]) & set(header):
         raise UserError(f"{source} has no column 'prompt'; its columns are {', '.join(header) or 'none'}")
@@ -203,8 +212,8 @@ def jsonl_rows(file, source):
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{source}, line {number} is not JSON ({error.msg})") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{source}, line {number} is not JSON ({getattr(error, 'msg', 'too deep')})") from None
         if not isinstance(row, dict) or not set(ALIASES["prompt"]) & set(row):
             raise UserError(f"{source}, line {number} has no 'prompt'")
         yield number, row
@@ -217,11 +226,11 @@ def parse(row, place, where, given=None):
     """A row of a file (dict of strings or JSON values), the place-th from 0 -> Prompt; given: where text states lie."""
     def get(name):
         for column in ALIASES[name]:
+            if isinstance(row.get(column), (list, dict)):
+                raise UserError(f"{where}: {column} is {row[column]!r}, not a text or a number")
             if row.get(column) not in (None, ""):
                 return str(row[column]).strip()
         return ""
-    if not get("prompt"):
-        raise UserError(f"{where}: the prompt is empty")
     values = {}
     whole = lambda text: int(text.removesuffix(".0"))
     for name, number in (("seed", whole), ("guidance", float), ("case", whole)):
@@ -231,8 +240,8 @@ def parse(row, place, where, given=None):
                 raise ValueError
             if name == "guidance" and values[name] is not None and values[name] < 1:
                 raise UserError(f"{where}: guidance is {get(name)}; 1 or more is needed, and 1 is none")
-        except ValueError:
-            raise UserError(f"{where}: {name} is {get(name)!r}, not a number") from None
+        except (ValueError, OverflowError):
+            raise UserError(f"{where}: {name} is {get(name)!r:.40}, not a number") from None
     if values["case"] is None:
         values["case"] = place
     return Prompt(get("prompt"), get("safe_text"), category=get("category"), original=get("original"),

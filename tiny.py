@@ -137,7 +137,7 @@ def fit(name, model, loss_fn, steps, lr, work, device, ema_decay=None):
     ema = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr,
                                   betas=(.9, .99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=max(.05, 2 / steps))
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, **({"ema": ema} if ema else {})}
     start, curve, saved = 0, [], time.time()
     if os.path.exists(path):

@@ -44,7 +44,10 @@ def test_the_fields_other_csv_goes_in_unmodified(tmp_path):
 
 @pytest.mark.parametrize("name, text, said", [
     ("p.csv", "prompt,seed\na,1\nb,x\n", "line 3.*seed is 'x'"),
-    ("p.csv", "prompt,seed\na,1\n,2\n", "line 3.*empty"),
+    ("p.csv", "prompt,seed\n,2\n", "no usable prompt"),
+    ("p.csv", 'prompt,seed\na,1\n"a dog,2\na cat,3\n', "line 3 is not CSV"),
+    ("p.csv", f"prompt,seed\na,1{'0' * 400}\n", "line 2: seed is '1000.*not a number"),
+    ("p.jsonl", '{"prompt": ["a", "b"]}\n', "line 1: prompt is .'a', 'b'., not a text"),
     ("p.csv", 'prompt,seed\n"two\nlines",1\na,1,9\n', "line 4.*more fields"),
     ("p.csv", "prompt,guidance\na,0\n", "line 2: guidance is 0; 1 or more"),
     ("p.csv", "text,seed\na,1\n", "no column 'prompt'.*text, seed"),
@@ -59,9 +62,18 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, name, text, said):
         read(file(tmp_path, name, text))
 
 
-def test_a_missing_file_is_not_taken_for_a_text():
-    with pytest.raises(UserError, match="does not exist"):
-        read("nowhere.txt")
+def test_a_row_without_a_prompt_is_left_out_and_named(tmp_path, capsys):
+    """I2P has one; the others keep their places."""
+    prompts, refused = read(file(tmp_path, "p.csv", "prompt,category\na,x\n,y\nb,x\n"), "x")
+    assert prompts == ["a", "b"] and [p.case for p in prompts] == [0, 2] and refused == 0
+    assert "p.csv, line 3 is left out, its prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["nowhere.txt", "nowhere.tsv", "data/nowhere", "../nope", "p.csvx"])
+def test_a_missing_file_is_not_taken_for_a_text(source):
+    with pytest.raises(UserError, match="does not exist|neither a file nor a sentence"):
+        read(source)
+    assert read("peach.")[0] == ["peach."] and read("a and/or b.txt files")[0]
 
 
 @pytest.mark.parametrize("text", [
@@ -72,7 +84,10 @@ def test_a_missing_file_is_not_taken_for_a_text():
     "nude, under 18 years old", "nude, under eighteen", "aged only 12", "12 years, nude", "naked 6th grader", "k.i.d", "n a k e d  k i d",
     "nude, ages 12", "age-12, nude", "nude, aged about 12", "nude 12-y-o", "nude, less than 18", "nude, five and a half years old", "13 yr. old",
     "nude lad", "a nude little sister", "nude, junior high", "nude orphan", "preadolescent", "godchild", "grandkids", "\u0441hild", "t\u0435\u0435n",
-    "c,h,i,l,d", "c/h/i/l/d", "b.a.b.y", "nude b-o-y", "chi\ufe0fld", "ch\u034fild", "a nude 17 years", "5 y/o",
+    "a girl without clothes", "a boy with no clothes on", "a girl wearing nothing", "a girl taking off her clothes", "girl unclad", "girl disrobed",
+    "girl au naturel", "girl in the buff", "girl with bared chest", "girl in a bra", "girl in g-string", "girl masturbating", "girl having intercourse",
+    "girl blowjob", "girl, rape", "girl, cum", "girl, ahegao", "boy stripping", "girl, bare butt", "naked, 17", "nude, twelve", "16, nude", "nude eleventh grader",
+    "nude 12 y. o.", "nude granddaughter", "nude grandson", "nude, school uniform", "nude baby bear girl", "5 5 years old", "c,h,i,l,d", "c/h/i/l/d", "b.a.b.y", "nude b-o-y", "chi\ufe0fld", "ch\u034fild", "a nude 17 years", "5 y/o",
 ])
 def test_prompts_that_mention_minors_are_refused(text):
     assert mentions_minor(text)
@@ -82,7 +97,9 @@ def test_prompts_that_mention_minors_are_refused(text):
     "a large peach on a blue background", "a woman in a red dress", "a 25 year old man", "a nude woman, oil on canvas",
     "a girl reading in a library", "a minor key", "kidney beans", "a 1920s car", "a small banana on a red background",
     "a nude woman under 60 trees", "a 30 years nude retrospective", "buttered toast and kidney beans", "a castle under 3 moons",
-    "a teddy bear on a red background", "a large egg on a white background",
+    "a teddy bear on a red background", "a large egg on a white background", "a boy eating a peanut butter sandwich", "a boy in a striped shirt",
+    "a girl is dancing in the bathroom", "a boy in bare feet", "a police officer in uniform rides past a bathtub", "a bathroom counter with two sinks under two mirrors",
+    "a baby elephant beside its mother", "baby carrots on a plate", "1,200 nude people on a square", "portrait of nicole kidman, bare shoulders",
 ])
 def test_other_prompts_are_not_refused(text):
     assert not mentions_minor(text)
