@@ -18,7 +18,7 @@ import sys
 import time
 
 from prompts import UserError
-from sample import run
+from sample import read_args, run
 
 REWARD = "redness: a cheap stand-in, the same on both sides"
 
@@ -41,7 +41,7 @@ class Epoch:
         from judge import clip_of
         from model import DTYPES, Policy
         from prompts import draw, read
-        from reward import LABELS, ClipScore, Nudity, parse_labels, shield_reward
+        from reward import LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
         from sample import choose_device
         from onpolicy import choose_keep
         from train import check, rows_that_fit
@@ -51,6 +51,7 @@ class Epoch:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.dtype != "fp32"
         self.policy = Policy(args.model, None, self.device, DTYPES[self.dtype], trainable=True)
         self.trained = self.policy.train(args.trainable, args.rank, args.lora_targets)
+        self.policy.concept = args.concept or self.policy.concept
         if args.gradient_checkpointing:
             self.policy.unet.enable_gradient_checkpointing()
         self.guide, self.schedule = choose_guide(args.guide), self.policy.schedule(args.steps, args.eta)
@@ -63,12 +64,14 @@ class Epoch:
             print(f"compiled in {time.time() - began:.0f} s")
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-9, fused=self.device.startswith("cuda"))
         labels = parse_labels(args.unsafe_labels)
-        if reward_fn is None:
+        if reward_fn is None and args.reward:
+            reward_fn = load_reward(args.reward)
+        elif reward_fn is None:
             self.clip, self.nudity, self.columns = ClipScore(clip_of(args.clip, args.model), self.device), Nudity(), [LABELS.index(label) for label in labels]
             reward_fn = shield_reward(self.clip, self.nudity, labels)
         self.reward_fn = reward_fn
-        benign = read(args.benign)[0] if args.benign else []
-        prompts = draw(read(args.prompts)[0], benign, args.groups, args.benign_share, 0, 1)
+        benign = read(args.benign, option="--benign")[0] if args.benign else []
+        prompts = draw(read(args.prompts, args.category)[0], benign, args.groups, args.benign_share, 0, 1)
         self.asked = [prompt for prompt in prompts for _ in range(args.group_size)]
         self.quiet = np.array([prompt in set(benign) for prompt in self.asked])
 
@@ -79,7 +82,7 @@ class Epoch:
         return time.perf_counter()
 
     def run(self):
-        """Seconds to sample, to score (decode, CLIP, NudeNet), to update; and with scoring beside sampling, if it can."""
+        """Seconds to sample, to decode, to score (CLIP, NudeNet), to update; and with scoring beside sampling, if it can."""
         import numpy as np
         import torch
         from ddpo import advantages
@@ -93,13 +96,14 @@ class Epoch:
                                 self.args.batch_size, self.args.resolution, keeps=keeps))
         sampled = self.wait()
         pictures = torch.cat([self.policy.decode(latents[:, -1]).cpu() for _, _, latents, _ in batches]).numpy()
+        decoded = self.wait()
         scores = self.reward_fn(pictures, self.asked)
         scored = self.wait()
         latents, log_probs = (torch.cat([batch[i] for batch in batches]) for i in (2, 3))
         advantage = advantages(torch.as_tensor(scores["reward"]), self.asked, None, self.args.advantage_scale)
         learn(self.policy, self.guide, self.trained, self.optimizer, Drawn(self.asked, advantage, self.quiet, steps,
               np.arange(len(self.asked)), latents, log_probs, None, keeps), self.schedule, 1, rng, self.args)
-        told = {"sample": sampled - began, "score": scored - sampled, "update": self.wait() - scored}
+        told = {"sample": sampled - began, "decode": decoded - sampled, "score": scored - decoded, "update": self.wait() - scored}
         if self.device.startswith("cuda"):
             began = self.wait()
             sample_epoch(self.policy, self.guide, self.asked, list(range(len(self.asked))), self.schedule, self.reward_fn, self.args,
@@ -140,7 +144,7 @@ class Epoch:
 
 def whole_epoch(seconds):
     """An epoch's seconds from those of its stages: where scoring can stand beside sampling, it does."""
-    return seconds.get("sample and score", seconds["sample"] + seconds["score"]) + seconds["update"]
+    return seconds.get("sample and score", seconds["sample"] + seconds["decode"] + seconds["score"]) + seconds["update"]
 
 
 def matrix_rate(device, dtype):
@@ -179,14 +183,14 @@ def report(args, repeats):
         memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of the GPU's"
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB"
-    score = whole - unet if "sample and score" in seconds else seconds["score"]
+    score = max(0, whole - unet - seconds["decode"]) if "sample and score" in seconds else seconds["score"]
     return "\n".join([
         f"{len(epoch.asked)} pictures, {args.steps} steps, guidance {args.guidance:g}, batch {args.batch_size}, {args.train_batch_size} picture-timesteps a "
         f"learning call, LoRA rank {args.rank} on {args.lora_targets}, {epoch.dtype}, --keep {args.keep}; median of {repeats} epochs",
         "", "| stage | seconds | UNet TFLOP | floor, seconds | measured / floor |", "|---|---|---|---|---|",
         *(f"| {stage} | {seconds[stage]:.2f} | {flops[stage] / 1e12:.2f} | {flops[stage] / rate:.2f} | {seconds[stage] * rate / flops[stage]:.2f} |"
           for stage in ("sample", "update") if flops[stage]),
-        f"| score (decode, CLIP, NudeNet) | {seconds['score']:.2f} | | | |",
+        *(f"| {stage} | {seconds[name]:.2f} | | | |" for stage, name in (("decode", "decode"), ("score (CLIP, NudeNet)", "score"))),
         f"| epoch | {whole:.2f} | {sum(flops.values()) / 1e12:.2f} | {floor:.2f} | {whole / floor:.2f} |", "",
         f"{len(epoch.asked) / whole:.2f} pictures a second; scoring takes {score / whole:.0%} of the epoch; matrix rate {rate / 1e12:.2f} TFLOP/s; "
         f"peak memory {memory}"])
@@ -277,8 +281,10 @@ def time_to_target(folder, repeats):
     args, kept = parse_args([]), sorted(glob.glob(os.path.join(folder, "checkpoints", "epoch_*.pt")))
     if not kept:
         raise UserError(f"--to-target: {folder} has no checkpoints/epoch_*.pt; give folders of train.py's")
-    with open(os.path.join(folder, "args.json")) as file:
-        vars(args).update(json.load(file))
+    told = read_args(folder, "--to-target")
+    if "method" in told or "clip_range" not in told:
+        raise UserError(f"--to-target: {folder} is no run of train.py's")
+    vars(args).update(told)
     if args.trainable == "full":
         raise UserError(f"--to-target: {folder} trained the whole UNet; only a LoRA's base is still there to compare with")
     epoch = Epoch(args)
@@ -288,7 +294,7 @@ def time_to_target(folder, repeats):
 
     def look(path):
         file = files[path]
-        pictures = generate(policy, epoch.guide, file.prompts, file.seeds, args.steps, args.eta, args.guidance, args.batch_size)
+        pictures = generate(policy, epoch.guide, file.prompts, file.seeds, args.steps, args.eta, args.guidance, args.batch_size, args.resolution)
         if path == UNSAFE:
             return (epoch.nudity(pictures)[:, epoch.columns].max(1) >= THRESHOLD).mean()
         return epoch.clip(pictures, [prompt.safe_text for prompt in file.prompts]).mean()
@@ -348,6 +354,8 @@ def main(_):
     own, rest = p.parse_known_args()
     if own.repeats < 1:
         raise UserError(f"--repeats: {own.repeats} is given; at least 1 is needed")
+    if own.to_target and rest:
+        raise UserError(f"--to-target: {rest[0]} is given too; a run has its own options")
     import torch
     from evaluate import commit
     from importlib.metadata import version
@@ -366,9 +374,11 @@ def main(_):
         for folder in own.to_target:
             lines += [f"- {line}" for line in time_to_target(folder, own.repeats)] + [""]
     elif own.against:
-        same = ["--groups", "1", "--group-size", "32", "--updates", "1", "--rank", "4", "--lora-targets", "attention", "--timestep-fraction", "1",
+        same = ["--groups", "1", "--updates", "1", "--rank", "4", "--lora-targets", "attention", "--timestep-fraction", "1",
                 "--benign-share", "0", "--benign-weight", "0"]
-        lines.append(against(own.against, parse_args(same + rest), own.repeats))
+        args = parse_args(rest + same)                  # what TRL is not told stays as it is
+        args.group_size = args.batch_size
+        lines.append(against(own.against, args, own.repeats))
     else:
         lines.append(report(parse_args(rest), own.repeats))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()

@@ -3,9 +3,10 @@ import hashlib
 import io
 import json
 import os
+import sys
 
 from prompts import UserError
-from sample import make_folder
+from sample import make_folder, read_args
 
 
 def write(path, data):
@@ -46,8 +47,8 @@ def write_metrics(folder, rows):
 def read_pointer(folder):
     try:
         with open(os.path.join(folder, "latest.json")) as file:
-            return json.load(file)
-    except (OSError, ValueError):
+            return [{"file": entry["file"], "sha256": entry["sha256"]} for entry in json.load(file)]
+    except (OSError, ValueError, TypeError, KeyError):
         return []
 
 
@@ -62,6 +63,8 @@ def load_checkpoint(folder):
             continue
         if hashlib.sha256(data).hexdigest() == entry["sha256"]:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if read_pointer(folder):
+        print(f"no checkpoint in {folder} is whole; starting anew", file=sys.stderr)
     return None
 
 
@@ -71,8 +74,7 @@ def check_folder(args):
     path = os.path.join(args.output_dir, "args.json")
     mine = json.loads(json.dumps(vars(args)))
     if os.path.exists(path):
-        with open(path) as file:
-            theirs = json.load(file)
+        theirs = read_args(args.output_dir)
         other = [k for k in sorted({*mine, *theirs} - {"epochs", "iterations", "output_dir"}) if mine.get(k) != theirs.get(k)]
         if other:
             said = ", ".join(f"--{k.replace('_', '-')} was {theirs.get(k)}, is {mine.get(k)}" for k in other[:4])

@@ -9,6 +9,7 @@ formula, weights and labels are not public, so those here are ours.
 """
 import importlib.util
 import os
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -183,6 +184,7 @@ def load_reward(spec):
         raise UserError(f"--reward: {spec} is not of the form my_file.py:my_function with an existing file")
     module_spec = importlib.util.spec_from_file_location("their_reward", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.path.append(os.path.dirname(os.path.abspath(path)))                 # its neighbours can be imported
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:                          # anything can go wrong in a file of theirs

@@ -161,17 +161,25 @@ def run(main, args):
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: stopped; the same command goes on from what it has kept", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: stopped; what it has kept stands", file=sys.stderr)
         sys.exit(130)
 
 
 def base_of(checkpoint, model):
     """The base model's name: as given, else what the checkpoint was trained from, else tiny."""
-    path = os.path.join(checkpoint or "", "args.json")
-    if model is None and checkpoint and os.path.isfile(path):
-        with open(path) as file:
-            return json.load(file)["model"]
+    if model is None and checkpoint and os.path.isfile(os.path.join(checkpoint, "args.json")):
+        return read_args(checkpoint, "--checkpoint").get("model", "tiny")
     return model or "tiny"
+
+
+def read_args(folder, option="--output-dir"):
+    """A run's args.json, {option: value}."""
+    path = os.path.join(folder, "args.json")
+    try:
+        with open(path) as file:
+            return {**json.load(file)}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{option}: {path} is no run's args.json ({type(error).__name__}); give another folder") from None
 
 
 def make_folder(path, option="--output-dir"):

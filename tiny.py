@@ -12,11 +12,14 @@ is the joke on which this repository stands, since it makes a harmless world to 
 Cut off at any moment, the same command goes on; curves are in out/tiny/.
 """
 import argparse
+import hashlib
 import json
 import os
-import sys
 import time
 from collections import Counter
+
+from prompts import UserError
+from sample import make_folder, run
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 SIZES = {"small": 36, "medium": 47, "large": 58}                            # pixels of 64
@@ -59,13 +62,16 @@ def caption(combo, keep_size=True, keep_background=True):
 def load_glyphs(path):
     """The font's bitmaps, cropped: list of RGBA pictures in the order of NAMES."""
     from PIL import Image, ImageDraw, ImageFont
-    if not os.path.exists(path):
-        sys.exit(f"--font: {path} does not exist; install Debian's fonts-noto-color-emoji or give its path")
-    font, glyphs = ImageFont.truetype(path, 109), []    # 109 is the size of Noto's bitmaps
+    try:
+        font, glyphs = ImageFont.truetype(path, 109), []                    # 109 is the size of Noto's bitmaps
+    except OSError as error:
+        raise UserError(f"--font: {path} can't be used ({error}); install Debian's fonts-noto-color-emoji or give the path of its NotoColorEmoji.ttf") from None
     for char in EMOJI.values():
         image = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
         ImageDraw.Draw(image).text((10, 10), char, font=font, embedded_color=True)
         glyphs.append(image.crop(image.getbbox()))
+    if len({glyph.tobytes() for glyph in glyphs}) < len(glyphs):
+        raise UserError(f"--font: {path} does not draw each of the {len(glyphs)} emoji; give Noto Color Emoji's NotoColorEmoji.ttf")
     return glyphs
 
 
@@ -133,6 +139,8 @@ def fit(name, model, loss_fn, steps, lr, work, device, ema_decay=None):
     import copy
     import torch
     from tqdm import tqdm
+    if steps < 3:
+        raise UserError(f"{name}: {steps} steps are given; at least 3 are needed")
     path = os.path.join(work, f"{name}.pt")
     ema = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr,
@@ -142,6 +150,9 @@ def fit(name, model, loss_fn, steps, lr, work, device, ema_decay=None):
     start, curve, saved = 0, [], time.time()
     if os.path.exists(path):
         state = torch.load(path, map_location=device, weights_only=True)
+        if state["schedule"]["total_steps"] != steps:
+            raise UserError(f"{name}: {path} was begun with {state['schedule']['total_steps']} steps, {steps} are given; "
+                            "give another --work, or remove that file")
         for key, part in parts.items():
             part.load_state_dict(state[key])
         start, curve = state["step"], state["curve"]
@@ -323,7 +334,8 @@ def encode_world(args, vae, device, odd=0.):
     import torch
     from tqdm import tqdm
     pictures, combos = draw_many(args.font, SEEN, args.per_combo, 4, "drawing for unet", odd)
-    cache = os.path.join(args.work, f"latents_{odd:g}.npy")
+    weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in vae.encoder.parameters())).hexdigest()
+    cache = os.path.join(args.work, f"latents_{args.per_combo}_{odd:g}_{weights[:8]}.npy")
     if not os.path.exists(cache):
         with torch.no_grad():
             latents = torch.cat([vae.encode(to_unit(pictures[k:k + 64], device) * 2 - 1).latents.cpu()
@@ -456,7 +468,7 @@ def write_index(args):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Train the embedded text-to-emoji world.")
     p.add_argument("--stage", default="all", choices=["all", "clip", "judge", "vae", "unet", "decoder", "data"],
-                   help="what to build; 'all' in this order, skipping what is finished")
+                   help="what to build; 'all' in this order, skipping what is finished; after vae comes decoder again")
     p.add_argument("--font", default=FONT, help="Noto Color Emoji, bitmap version (CBDT)")
     p.add_argument("--out", default="tiny", help="folder of the finished world")
     p.add_argument("--work", default="out/tiny", help="folder of unfinished states and curves")
@@ -478,8 +490,13 @@ def parse_args(argv=None):
 def main(args):
     import torch
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    os.makedirs(args.work, exist_ok=True)
-    os.makedirs(args.out, exist_ok=True)
+    load_glyphs(args.font)                              # complain before an hour of training
+    make_folder(args.work, "--work")
+    make_folder(args.out, "--out")
+    needs = {"unet": ("vae", "text_encoder", "tokenizer"), "decoder": ("vae",)}.get(args.stage, ())
+    for part in needs:
+        if not os.path.isdir(os.path.join(args.out, part)):
+            raise UserError(f"--stage: {args.stage} needs {args.out}/{part}, which an earlier stage makes")
     stages = {"clip": train_clip, "judge": train_judge, "vae": train_vae, "unet": train_unet,
               "decoder": train_decoder, "data": write_prompts}
     for name, stage in stages.items():
@@ -489,4 +506,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run(main, parse_args())

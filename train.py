@@ -12,6 +12,7 @@ kohya's formats, a model card. Cut off at any moment, the same command goes on t
 """
 import argparse
 import json
+import math
 import os
 import time
 from collections import namedtuple
@@ -100,8 +101,10 @@ def check(args):
             continue
         if isinstance(value, int) and value < 1:
             raise UserError(f"--{option}: {value} is given; at least 1 is needed")
-        if not value > 0:
-            raise UserError(f"--{option}: {value} is given; it must be above 0")
+        if not 0 < value < math.inf:
+            raise UserError(f"--{option}: {value} is given; it must be above 0, and a number")
+    if args.stop_below is not None and not 0 <= args.stop_below <= 1:
+        raise UserError(f"--stop-below: {args.stop_below:g} is given; it is a share, 0 to 1")
     if args.timestep_fraction > 1 or not 0 <= args.benign_share < 1:
         raise UserError("--timestep-fraction goes up to 1 and --benign-share from 0 to below 1; "
                         f"{args.timestep_fraction:g} and {args.benign_share:g} are given")
@@ -121,14 +124,18 @@ def check(args):
         raise UserError(f"--checkpoints-total-limit: {args.checkpoints_total_limit} is given; at least 2 is needed, so that one is whole at any moment")
     for option in ("memory", "hardness", "weight-decay", "preview-images", "verdict-images"):
         value = getattr(args, option.replace("-", "_"))
-        if not value >= 0:
+        if not 0 <= value < math.inf:
             raise UserError(f"--{option}: {value} is given; 0 or more are allowed")
+    for option in ("clip-weight", "nudity-weight", "gate"):
+        value = getattr(args, option.replace("-", "_"))
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--{option}: {value} is given; a number is needed")
     if args.benign and round(args.groups * args.benign_share) == args.groups:
         raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts "
                         "leaves none to make safe; give less")
     if args.benign_weight is None:
         args.benign_weight = .4 if args.trainable == "lora" else 0.
-    if args.benign_weight < 0 or args.benign_weight and args.trainable == "full":
+    if not 0 <= args.benign_weight < math.inf or args.benign_weight and args.trainable == "full":
         raise UserError(f"--benign-weight: {args.benign_weight:g} is given with --trainable {args.trainable}; 0 or more, "
                         "and above 0 only with lora, under which the base is still there to compare with")
     if args.group_size == 1 and not args.memory:
@@ -191,7 +198,7 @@ def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, keeps=(
             look = lambda arrive=on_its_way(policy.decode(path[:, -1])), texts=asked[part]: whole(reward_fn(arrive(), texts), len(texts), args)
             judged.append(judge.submit(look) if policy.device.type == "cuda" else look())
     parts = [part.result() if hasattr(part, "result") else part for part in judged]
-    scores = {name: np.concatenate([np.asarray(part[name], np.float32).reshape(-1) for part in parts]) for name in parts[0]}
+    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return torch.cat(latents), torch.cat(log_probs), torch.cat(memory) if memory else None, scores
 
 
@@ -207,13 +214,17 @@ def on_its_way(pictures):
 
 
 def whole(scores, count, args):
-    """What the reward gave of `count` pictures, if it is a dict with "reward" and one number a picture in every part."""
+    """What the reward gave of `count` pictures as float32 arrays (count,), if it is a dict with "reward" and one number a picture in every part."""
     import numpy as np
-    sizes = {name: np.size(values) for name, values in scores.items()} if isinstance(scores, dict) else {}
-    if "reward" not in sizes or set(sizes.values()) != {count}:
-        raise UserError(f"--reward: {args.reward} must give a dict with 'reward', every part one number a picture ({count}); "
-                        f"it gave {sizes or type(scores).__name__}")
-    return scores
+    try:
+        parts = {name: np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, np.float32).reshape(-1) for name, values in scores.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        parts, said = {}, f"{type(scores).__name__} ({error})"
+    else:
+        said = {name: len(values) for name, values in parts.items()}
+    if "reward" not in parts or {len(values) for values in parts.values()} != {count}:
+        raise UserError(f"--reward: {args.reward} must give a dict with 'reward', every part one number a picture ({count}); it gave {said}")
+    return parts
 
 
 def together(parts, shares):
@@ -227,8 +238,10 @@ def together(parts, shares):
 
 
 def check_scores(scores, asked, epoch, args):
-    """A reward that is no number ends the run."""
+    """A reward that is no number ends the run, and one that --stop-below can't watch."""
     import numpy as np
+    if args.stop_below is not None and "unsafe" not in scores:
+        raise UserError(f"--stop-below: {args.reward} gives no part 'unsafe' (1 or 0 a picture) to stop by")
     bad = np.flatnonzero(~np.isfinite(scores["reward"]))
     if len(bad):
         raise UserError(f"epoch {epoch}: the reward of {str(asked[bad[0]])!r} is {scores['reward'][bad[0]]}; "
@@ -261,16 +274,40 @@ def benign_pull(policy, predict, x, k, schedule):
     return mean_distance(mean, base_mean)
 
 
+def learn_again(policy, calls, drawn, schedule, first, count, args):
+    """PPO's gradient of an update's `count` decisions, computed again a call at a time; yields what each call tells."""
+    import torch
+    from ddpo import ppo_loss, step_log_prob
+    for part, rows, k, predict in calls:
+        _, log_p = step_log_prob(predict, drawn.latents[rows, k], drawn.latents[rows, k + 1], schedule, k, policy.prediction_type)
+        sampled = drawn.log_probs[rows, k]
+        # an epoch's first update is on-policy: its ratio is 1, whatever other rows a call rounds by
+        loss, told = ppo_loss(log_p, log_p.detach() if first else sampled, drawn.advantage[part[:, 0]].to(policy.device), args.clip_range)
+        (loss * len(part) / count).backward()
+        off = torch.expm1(log_p.detach() - sampled).abs().max()
+        yield {"loss": loss.detach(), **told, "ratio_deviation": off, "first": first, "part": part}
+
+
+def learn_from_kept(policy, drawn, count, args):
+    """The same gradient of an epoch's only update, `count` decisions, from what sampling kept of each batch: no second forward."""
+    import torch
+    from ddpo import ppo_loss
+    for start, keep in zip(range(0, len(drawn.mine), args.batch_size), drawn.keeps):
+        rows = slice(start, start + args.batch_size)
+        log_p = drawn.log_probs[rows, keep.steps].requires_grad_()                                          # (B, learned steps)
+        loss, told = ppo_loss(log_p, log_p.detach(), drawn.advantage[drawn.mine[rows]].to(policy.device)[:, None], args.clip_range)
+        keep.backward(torch.autograd.grad(loss * log_p.numel() / count, log_p)[0])
+        yield {"loss": loss.detach(), **told, "first": True, "part": [(i, keep.steps[0]) for i in drawn.mine[rows]]}
+
+
 def learn(policy, guide, trained, optimizer, drawn, schedule, epoch, rng, args):
     """PPO on the decisions of an epoch: --train-batch-size of them a call, gradients added up over an update.
 
-    Where sampling kept what an only update needs, no decision is computed again. Returns the diagnostics {name: mean} with the
-    gradient's norm.
+    Returns the diagnostics {name: mean} with the gradient's norm.
     """
     import numpy as np
     import torch
     from tqdm import tqdm
-    from ddpo import ppo_loss, step_log_prob
     from sample import guidance_of
     home = np.full(len(drawn.asked), -1)                # a picture's row among this process's own
     home[drawn.mine] = np.arange(len(drawn.mine))
@@ -290,23 +327,10 @@ def learn(policy, guide, trained, optimizer, drawn, schedule, epoch, rng, args):
     with tqdm(total=len(updates) * args.inner_epochs, desc="learning", leave=False, disable=peers.rank() > 0) as bar:
         for number, batches in enumerate(list(updates) * args.inner_epochs):
             learned, pulled = decisions(batches, drawn.steps, drawn.quiet, args, rng)
-            for start, keep in zip(range(0, len(drawn.mine), args.batch_size), drawn.keeps):
-                rows = slice(start, start + args.batch_size)
-                log_p = drawn.log_probs[rows, keep.steps].requires_grad_()                                  # (B, learned steps)
-                advantage = drawn.advantage[drawn.mine[rows]].to(policy.device)[:, None]
-                loss, told = ppo_loss(log_p, log_p.detach(), advantage, args.clip_range)
-                keep.backward(torch.autograd.grad(loss * log_p.numel() / len(learned), log_p)[0])
-                calls.append({"loss": loss.detach(), **told, "first": True, "part": [(i, keep.steps[0]) for i in drawn.mine[rows]]})
-            for part, rows, k, predict in own(learned) if not drawn.keeps else ():
-                _, log_p = step_log_prob(predict, drawn.latents[rows, k], drawn.latents[rows, k + 1], schedule, k,
-                                         policy.prediction_type)
-                sampled = drawn.log_probs[rows, k]
-                # an epoch's first update is on-policy: its ratio is 1, whatever other rows a call rounds by
-                loss, told = ppo_loss(log_p, log_p.detach() if number == 0 else sampled,
-                                      drawn.advantage[part[:, 0]].to(policy.device), args.clip_range)
-                (loss * len(part) / len(learned)).backward()
-                told["ratio_deviation"] = torch.expm1(log_p.detach() - sampled).abs().max()
-                calls.append({"loss": loss.detach(), **told, "first": number == 0, "part": part})
+            if drawn.keeps:
+                calls += learn_from_kept(policy, drawn, len(learned), args)
+            else:
+                calls += learn_again(policy, own(learned), drawn, schedule, number == 0, len(learned), args)
             for part, rows, k, predict in own(pulled):
                 pull = benign_pull(policy, predict, drawn.latents[rows, k], k, schedule)
                 (args.benign_weight * pull.sum() / len(learned)).backward()
@@ -332,11 +356,13 @@ def learn(policy, guide, trained, optimizer, drawn, schedule, epoch, rng, args):
 def summary(epoch, scores, quiet, told, args):
     """An epoch as a flat row of metrics.jsonl: means over the prompts to make safe; benign_, the others."""
     import numpy as np
-    groups = scores["reward"].reshape(-1, args.group_size)
     row = {"epoch": epoch, **{name: float(values[~quiet].mean()) for name, values in scores.items()}}
     if quiet.any():
         row |= {f"benign_{name}": float(values[quiet].mean()) for name, values in scores.items()}
-    return row | told | {"prompts_without_spread": float((np.ptp(groups, 1) < 1e-6).mean())}
+    if args.group_size > 1:
+        groups = scores["reward"].reshape(-1, args.group_size)
+        row["prompts_without_spread"] = float((np.ptp(groups, 1) < 1e-6).mean())
+    return row | told
 
 
 # ---- the loop --------------------------------------------------------------------------------------
@@ -350,8 +376,9 @@ def main(args):
         refused += more
     for file in args.held_out:
         refused += read(file, category_in(file, args.category, "--held-out"), option="--held-out")[1]
+    from guide import choose_guide
     from reward import EXPOSED, LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
-    labels = parse_labels(args.unsafe_labels)
+    labels, guide = parse_labels(args.unsafe_labels), choose_guide(args.guide)
     reward_fn = load_reward(args.reward) if args.reward else None
     device, dtype, why = choose_device(args.device, args.dtype, learning=True)
     device, lead = peers.own_device(device), peers.rank() == 0
@@ -363,7 +390,6 @@ def main(args):
     from tqdm import tqdm
     from ddpo import RewardMemory, advantages
     from judge import clip_of
-    from guide import choose_guide
     from model import DTYPES, Policy
     from onpolicy import choose_keep, new_keeps
 
@@ -374,7 +400,7 @@ def main(args):
     if args.gradient_checkpointing:
         policy.unet.enable_gradient_checkpointing()
     policy.concept = args.concept or policy.concept
-    nudity, guide = Nudity(), choose_guide(args.guide)
+    nudity = Nudity()
     verdict = args.held_out and args.verdict_images
     clip = ClipScore(clip_of(args.clip, args.model), device) if reward_fn is None or verdict else None
     if reward_fn is None:
@@ -473,7 +499,8 @@ def main(args):
         tqdm.write(f"epoch {epoch:3d}  " + "  ".join(f"{name} {value}" for name, value in shown.items())
                    + (f"  benign_clip {row['benign_clip']:.3f}" if "benign_clip" in row else "")
                    + f"  kl {row['approx_kl']:.1e}  clipped {row['clipped_share']:.0%}"
-                   f"  no spread {row['prompts_without_spread']:.0%}  {time.time() - began:.1f} s")
+                   + (f"  no spread {row['prompts_without_spread']:.0%}" if "prompts_without_spread" in row else "")
+                   + f"  {time.time() - began:.1f} s")
     epochs.close()
     if not lead:
         return

@@ -29,7 +29,7 @@ def close(mine, theirs):
             assert one[name] == pytest.approx(other[name], abs=1e-4), name
 
 
-@pytest.mark.parametrize("options", [("--memory", "4"), ("--batch-size", "1", "--groups", "5", "--group-size", "1", "--memory", "8", "--updates", "1")])
+@pytest.mark.parametrize("options", [("--memory", "4", "--batch-size", "4"), ("--batch-size", "1", "--groups", "5", "--group-size", "1", "--memory", "8", "--updates", "1")])
 def test_two_processes_give_one_processs_curve(small, tmp_path, options):
     """Also with per-prompt memory, and with 5 pictures, which two processes share as 3 and 2."""
     alone = start(*small, *options, "--epochs", "3", "--output-dir", str(tmp_path / "one"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from prompts import UserError
 
 
 def test_the_world_is_large_enough_and_split_without_overlap():
@@ -68,6 +69,25 @@ def test_a_training_that_was_cut_ends_where_the_uncut_one_does(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         trained(str(tmp_path / "cut"), 17)
     assert torch.equal(trained(str(tmp_path / "cut")), whole)
+
+
+def test_few_steps_work_and_another_number_of_steps_than_a_training_was_begun_with_is_refused(tmp_path):
+    model = torch.nn.Linear(3, 3)
+    trained = lambda steps: tiny.fit("test", model, lambda step, rng: model(torch.randn(8, 3, generator=rng)).square().mean(), steps, 1e-2, str(tmp_path), "cpu")
+    trained(20)
+    with pytest.raises(UserError, match="begun with 20 steps, 21 are given"):
+        trained(21)
+    with pytest.raises(UserError, match="at least 3"):
+        trained(2)
+
+
+@pytest.mark.parametrize("options, said", [(["--font", "nowhere.ttf"], "nowhere.ttf can't be used"), (["--stage", "decoder"], "decoder needs .*/vae, which an earlier")])
+def test_what_is_missing_is_said_before_anything_is_written(tmp_path, options, said):
+    if "--font" not in options and not os.path.exists(tiny.FONT):
+        pytest.skip("the font is not installed")
+    with pytest.raises(UserError, match=said):
+        tiny.main(tiny.parse_args([*options, "--out", str(tmp_path / "tiny"), "--work", str(tmp_path / "work")]))
+    assert not os.listdir(tmp_path) or not os.listdir(tmp_path / "tiny")
 
 
 @pytest.mark.skipif(not os.path.isdir("tiny/unet"), reason="the world is not built")

@@ -28,7 +28,7 @@ def small(pipeline, tmp_path_factory):
     (folder / "mine.py").write_text(REWARD)
     (folder / "p.txt").write_text("a dog\na cat\n")
     return ["--model", pipeline, "--prompts", str(folder / "p.txt"), "--reward", f"{folder}/mine.py:redness", "--steps", "4",
-            "--groups", "2", "--group-size", "8", "--batch-size", "8", "--guidance", "1", "--lr", "5e-3", "--updates", "1", "--epochs", "6", "--save-every", "1",
+            "--groups", "2", "--group-size", "8", "--batch-size", "8", "--guidance", "1", "--lr", "5e-3", "--clip-range", "2e-2", "--updates", "2", "--epochs", "6", "--save-every", "1",
             "--verdict-images", "0", "--preview-every", "2",
             "--timestep-fraction", ".5", "--advantage-scale", "prompt", "--lr-schedule", "constant"]
 
@@ -70,8 +70,9 @@ def test_the_reward_rises(uncut):
     assert len(rewards) == 6 and sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + .01
 
 
-def test_the_ratio_before_the_first_update_is_exactly_one(uncut):
-    assert json.loads(open(f"{uncut}/metrics.jsonl").readline())["first_ratio_deviation"] == 0
+def test_the_ratio_is_exactly_one_before_the_first_update_and_not_after_it(uncut):
+    row = json.loads(open(f"{uncut}/metrics.jsonl").readline())
+    assert row["first_ratio_deviation"] == 0 and row["ratio_deviation"] > 0 and row["approx_kl"] > 0
 
 
 def test_a_run_killed_at_ten_random_moments_ends_bit_equal(small, uncut, tmp_path):
@@ -120,10 +121,12 @@ def test_a_torn_checkpoint_is_never_loaded(uncut):
     assert load_checkpoint(folder) is None
 
 
-def test_a_reward_that_is_not_a_number_is_refused_and_named(small, tmp_path):
+def test_a_reward_that_is_not_a_number_or_that_can_not_stop_the_run_is_refused_and_named(small, tmp_path):
     options = [o.replace(":redness", ":broken") for o in small]
-    code, _, err = train(*options, "--output-dir", str(tmp_path / "run"))
+    (code, _, err), (other, _, said) = train_beside([*options, "--output-dir", str(tmp_path / "run")],
+                                                    [*small, "--stop-below", ".1", "--output-dir", str(tmp_path / "stop")])
     assert code == 2 and "epoch 1: the reward of 'a " in err and "nan" in err and "Traceback" not in err
+    assert other == 2 and "--stop-below" in said and "gives no part 'unsafe'" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("options, said", [
@@ -145,8 +148,11 @@ def test_a_reward_that_is_not_a_number_is_refused_and_named(small, tmp_path):
     (["--benign-weight", "1", "--trainable", "full"], "--benign-weight: 1 is given with --trainable full"),
     (["--batch-size", "5"], "--batch-size: 5 does not divide the 16 pictures"),
     (["--updates", "4"], "--updates: 4 does not divide the 2 batches"),
-    (["--keep", "graphs", "--inner-epochs", "2"], "--keep: graphs is given with 2 updates an epoch"),
-    (["--keep", "gradients", "--trainable", "full"], "--keep: gradients is given; it needs --trainable lora"),
+    (["--keep", "graphs"], "--keep: graphs is given with 2 updates an epoch"),
+    (["--stop-below", "5"], "--stop-below: 5 is given; it is a share"),
+    (["--lr", "inf", "--output-dir", "out/none"], "--lr: inf is given"),
+    (["--guide", "nope"], "nope"),
+    (["--keep", "gradients", "--updates", "1", "--trainable", "full"], "--keep: gradients is given; it needs --trainable lora"),
     (["--lr", "1"], "holds another run (--lr was 0.005, is 1.0)"),
     (["--output-dir", "/proc/run"], "--output-dir: /proc/run can't be written"),
 ])
@@ -188,13 +194,17 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, pipeline, tmp_p
     assert {"clip", "nudity", "unsafe", "buttocks_exposed", "benign_clip", "benign_pull"} <= set(json.loads(open(f"{whole}/metrics.jsonl").readline()))
 
 
-@pytest.mark.parametrize("given", [{"reward": [1., 2.]}, {"reward": 1.}, {"clip": [1.] * 3}, [1.] * 3, {"reward": [1.] * 3, "mean": .5}])
+@pytest.mark.parametrize("given", [{"reward": [1., 2.]}, {"reward": 1.}, {"clip": [1.] * 3}, [1.] * 3, {"reward": [1.] * 3, "mean": .5}, {"reward": ["a", "b", "c"]}])
 def test_a_reward_of_another_shape_is_refused(given):
+    import numpy as np
+    import torch
     from prompts import UserError
     from train import parse_args, whole
     with pytest.raises(UserError, match="one number a picture .3."):
         whole(given, 3, parse_args([]))
-    assert whole({"reward": [1.] * 3}, 3, None) == {"reward": [1.] * 3}
+    for fine in ([1.] * 3, np.ones((3, 1)), torch.ones(3, requires_grad=True)):
+        got = whole({"reward": fine}, 3, None)["reward"]
+        assert got.dtype == np.float32 and got.tolist() == [1.] * 3
 
 
 def random_lora(policy):
@@ -277,14 +287,33 @@ def test_an_updates_gradient_is_the_plain_loops(pipeline, keep, per_call):
     assert told["first_ratio_deviation"] < 1e-5 and told["clipped_share"] == 0
 
 
-def test_what_sampling_keeps_changes_no_curve(small, uncut, tmp_path):
-    """Whole runs: a second forward and each picture's gradients against the graphs of the uncut run."""
-    first = [json.loads(line)["reward"] for line in open(f"{uncut}/metrics.jsonl")]
-    keeps = ("nothing", "gradients")
-    for code, _, err in train_beside(*([*small, "--dtype", "fp32", "--keep", keep, "--output-dir", f"{tmp_path}/{keep}"] for keep in keeps)):
+def test_a_loss_that_is_not_a_number_refuses_the_update_and_names_the_prompt(pipeline):
+    import numpy as np
+    import torch
+    from guide import plain
+    from model import Policy
+    from prompts import UserError
+    from sample import rollouts
+    from train import Drawn, learn, parse_args
+    args = parse_args(["--steps", "4", "--batch-size", "2", "--updates", "1", "--benign-weight", "0", "--train-batch-size", "2"])
+    policy = Policy(pipeline, trainable=True)
+    trained, schedule, asked = random_lora(policy), policy.schedule(4, 1.), ["a dog", "a cup"]
+    (_, _, latents, log_probs), = rollouts(policy, plain, asked, range(2), schedule, 2., 2)
+    latents[1, 1] = float("nan")
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    drawn = Drawn(asked, torch.ones(2), np.zeros(2, bool), [[0, 1]], np.arange(2), latents, log_probs, None, ())
+    with pytest.raises(UserError, match="epoch 7: the loss of 'a .* is nan; the update was refused"):
+        learn(policy, plain, trained, torch.optim.AdamW(trained.values()), drawn, schedule, 7, np.random.default_rng(0), args)
+    assert all(torch.equal(p, before[name]) for name, p in trained.items())
+
+
+def test_what_sampling_keeps_changes_no_curve(small, tmp_path):
+    """Whole runs with one update an epoch: the graphs and each picture's gradients against a second forward."""
+    keeps = ("nothing", "graphs", "gradients")
+    for code, _, err in train_beside(*([*small, "--updates", "1", "--dtype", "fp32", "--keep", keep, "--output-dir", f"{tmp_path}/{keep}"] for keep in keeps)):
         assert code == 0, err
-    for keep in keeps:
-        rewards = [json.loads(line)["reward"] for line in open(f"{tmp_path}/{keep}/metrics.jsonl")]
+    first, *others = ([json.loads(line)["reward"] for line in open(f"{tmp_path}/{keep}/metrics.jsonl")] for keep in keeps)
+    for rewards in others:
         assert rewards == pytest.approx(first, abs=.01) and rewards[0] == pytest.approx(first[0], abs=1e-3)
 
 
