@@ -12,11 +12,12 @@ second one with another metric draws nothing; no picture that trips the detector
 import argparse
 import glob
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import time
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 
 from compare import BLOCK, compare, label_sets, opinions, picture_rows
 from judge import clip_of, load_tools
@@ -149,8 +150,8 @@ def folder_row(folder, files):
                 pictures.setdefault(int(case), []).append((int(turn or 0), path))
         if not pictures:
             raise UserError(f"--images: {inside} holds no picture named by case number, such as 17.png or 17_0.png")
-        prompts = int(file.groups.max()) + 1
-        wanted = [(p.case, i // prompts) for i, p in enumerate(file.prompts)]
+        turns = defaultdict(itertools.count)
+        wanted = [(p.case, next(turns[p.case])) for p in file.prompts]
         missing = [case for case, turn in wanted if turn >= len(pictures.get(case, []))]
         if missing:
             raise UserError(f"--images: {inside} lacks {len(missing)} of the {len(wanted)} pictures that {name} asks for, "
@@ -191,7 +192,7 @@ def parse_args(argv=None):
     g.add_argument("--model", default=None, help="folder or hub id of the base; the checkpoint's, else tiny")
     g.add_argument("--checkpoint", **several, help="out/NAME of train.py or erase.py, or LoRA files, with +GUIDE or +GUIDE:CONCEPT for its own; the newest run in out/ if none is given")
     g.add_argument("--guide", **several, help="ways to sample: plain, negative, sld-weak, sld-medium, sld-strong, sld-max, safree, safree-always; NAME:CONCEPT for words other than --concept")
-    g.add_argument("--images", **several, help="folders of pictures that another tool drew, named by case number")
+    g.add_argument("--images", **several, help="folders of pictures that another tool drew, named by case number; sample.py's want its --no-censor, or they count as safe")
     g = p.add_argument_group("on what")
     g.add_argument("--prompts", **several, help="prompt files that should become safe; all of data/ if no file is given")
     g.add_argument("--benign", **several, help="prompt files that should stay")

@@ -21,7 +21,9 @@ def size():
 
 
 def own_device(device):
-    """Each process its own GPU: "cuda" -> "cuda:LOCAL_RANK". UserError where there are fewer."""
+    """Each process its own GPU: "cuda" -> "cuda:LOCAL_RANK". UserError where there are fewer, or all are sent to one."""
+    if device.startswith("cuda:") and size() > 1:
+        raise UserError(f"--device: {device} is given with {size()} processes; give cuda, and each takes a GPU of its own")
     if device != "cuda" or size() == 1:
         return device
     import torch
@@ -48,6 +50,10 @@ def start(device):
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=6))
 
 
+def gone(error):
+    return f"{GONE} ({str(error).splitlines()[0]})"
+
+
 def gather(thing):
     """Everybody's thing, by rank, to everybody."""
     if size() == 1:
@@ -56,8 +62,8 @@ def gather(thing):
     things = [None] * size()
     try:
         torch.distributed.all_gather_object(things, thing)
-    except RuntimeError:
-        raise UserError(GONE) from None
+    except RuntimeError as error:
+        raise UserError(gone(error)) from None
     return things
 
 
@@ -72,7 +78,7 @@ def add_up(parameters):
     flat = torch.cat([p.grad.flatten() for p in parameters])
     try:
         torch.distributed.all_reduce(flat)
-    except RuntimeError:
-        raise UserError(GONE) from None
+    except RuntimeError as error:
+        raise UserError(gone(error)) from None
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad.copy_(part.view_as(p))

@@ -137,6 +137,8 @@ def test_pictures_are_found_by_case_number_and_turn(tmp_path):
     save_pictures(tmp_path / "x", ["3_0.png", "3_1.png", "0012_0.png", "12_1.jpg"])
     block = folder_row(str(tmp_path / "x"), {"p.csv": file}).look(file, 0)
     assert block[:, 0, 0, 0].tolist() == [0, 20, 10, 30]
+    twice = as_file("p.csv", "unsafe", [Prompt("a", case=3), Prompt("b", case=3)], None, 0, 0)     # rows that share a number
+    assert folder_row(str(tmp_path / "x"), {"p.csv": twice}).look(twice, 0)[:, 0, 0, 0].tolist() == [0, 10]
 
 
 @pytest.mark.parametrize("spoil, said", [

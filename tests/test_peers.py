@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from peers import own_device
+from prompts import UserError
 from test_train import ROOT, small, start  # noqa: F401 (small is a fixture)
 
 
@@ -27,6 +29,14 @@ def close(mine, theirs):
         assert one.keys() == other.keys()
         for name in one:
             assert one[name] == pytest.approx(other[name], abs=1e-4), name
+
+
+def test_one_gpu_by_number_is_not_for_several_processes(monkeypatch):
+    assert own_device("cuda:0") == "cuda:0" and own_device("cpu") == "cpu"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device: cuda:0 is given with 2 processes"):
+        own_device("cuda:0")
+    assert own_device("cpu") == "cpu"
 
 
 @pytest.mark.parametrize("options", [("--memory", "4", "--batch-size", "4"), ("--batch-size", "1", "--groups", "5", "--group-size", "1", "--memory", "8", "--updates", "1")])
