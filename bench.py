@@ -37,7 +37,7 @@ class Epoch:
     def __init__(self, args, reward_fn=None):
         import numpy as np
         import torch
-        from guide import choose_guide
+        from guide import choose_guide, rows_of
         from judge import clip_of
         from model import DTYPES, Policy
         from prompts import draw, read
@@ -57,10 +57,9 @@ class Epoch:
         self.guide, self.schedule = choose_guide(args.guide), self.policy.schedule(args.steps, args.eta)
         args.train_batch_size = args.train_batch_size or rows_that_fit(self.policy, self.guide, self.schedule, args)
         args.keep = choose_keep(self.policy, args)
-        self.halves = 1 if args.guidance == 1 else 2
         if args.compile:
-            began = time.time()
-            self.policy.compile({self.halves * args.batch_size, self.halves * args.train_batch_size}, args.resolution)
+            began, a_picture = time.time(), rows_of(self.guide, args.guidance)
+            self.policy.compile({a_picture * args.batch_size, a_picture * args.train_batch_size}, args.resolution)
             print(f"compiled in {time.time() - began:.0f} s")
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-9, fused=self.device.startswith("cuda"))
         labels = parse_labels(args.unsafe_labels)

@@ -7,11 +7,12 @@ import peers
 from checkpoint import write
 
 
-def run_card(args, policy, trained, prompts, benign, refused, learned, device, dtype, why):
+def run_card(args, policy, guide, trained, prompts, benign, refused, learned, device, dtype, why):
     """Print what train.py is about to do; learned: how many of a picture's steps are learned from."""
+    from guide import rows_of
     count = lambda n: f"{n / 1e6:.2f} M" if n >= 1e5 else str(n)
     pictures = args.groups * args.group_size
-    rows = pictures * (1 if args.guidance == 1 else 2)                      # guidance has two halves
+    rows = pictures * rows_of(guide, args.guidance)
     total = sum(p.numel() for p in policy.unet.parameters())
     weights = sum(p.numel() for p in trained.values())
     reward = args.reward or f"{args.clip_weight:g} clip - {args.nudity_weight:g} max({args.unsafe_labels})"

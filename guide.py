@@ -83,6 +83,7 @@ def sld(warm_up, safety_scale, threshold, momentum_scale, momentum_beta):
         predict.memory = []
         predict.recall = lambda nu: now.update(nu=nu, held=True)
         return predict
+    guide.rows = 3
     return guide
 
 
@@ -152,6 +153,11 @@ def project_triggers(policy, prompt, states, away, alpha):
 
 GUIDES = {"plain": plain, "negative": negative, "sld-weak": sld(15, 200, 0, 0, 0), "sld-medium": sld(10, 1000, .01, .3, .4),
           "sld-strong": sld(7, 2000, .025, .5, .7), "sld-max": sld(0, 5000, 1., .5, .7), "safree": safree(), "safree-always": safree(most=None)}
+
+
+def rows_of(guide, scale):
+    """How many of the network's rows a picture takes: guidance has two halves."""
+    return getattr(guide, "rows", 1 if scale == 1 else 2)
 
 
 def choose_guide(name):

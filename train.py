@@ -376,7 +376,7 @@ def main(args):
         refused += more
     for file in args.held_out:
         refused += read(file, category_in(file, args.category, "--held-out"), option="--held-out")[1]
-    from guide import choose_guide
+    from guide import choose_guide, rows_of
     from reward import EXPOSED, LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
     labels, guide = parse_labels(args.unsafe_labels), choose_guide(args.guide)
     reward_fn = load_reward(args.reward) if args.reward else None
@@ -413,12 +413,12 @@ def main(args):
     args.train_batch_size = args.train_batch_size or (state or {}).get("train_batch_size") or rows_that_fit(policy, guide, schedule, args)
     args.keep = choose_keep(policy, args)
     if args.compile:
-        halves, began = 1 if args.guidance == 1 else 2, time.time()
-        policy.compile({halves * args.batch_size, halves * args.train_batch_size}, args.resolution)
+        a_picture, began = rows_of(guide, args.guidance), time.time()
+        policy.compile({a_picture * args.batch_size, a_picture * args.train_batch_size}, args.resolution)
         print(f"compiled the UNet in {time.time() - began:.0f} s" * lead, flush=True)
     if lead:
         write(os.path.join(args.output_dir, "args.json"), settings)     # from here on the folder is this run's
-        run_card(args, policy, trained, prompts, benign, refused, learned_steps(args), device, dtype, why)
+        run_card(args, policy, guide, trained, prompts, benign, refused, learned_steps(args), device, dtype, why)
 
     if state:
         with torch.no_grad():
