@@ -1,6 +1,6 @@
 """Builds the embedded world: a text-to-emoji Stable Diffusion, small enough to train on a laptop.
 
-    python tiny.py                      # all stages, about two and a half hours on 2 cores; writes tiny/ and data/
+    python tiny.py                      # all stages, under two hours on 2 cores; writes tiny/ and data/
     python tiny.py --stage unet         # one stage: clip, judge, vae, unet, decoder or data
     python tiny.py --font PATH          # Noto Color Emoji from elsewhere (Debian: fonts-noto-color-emoji)
 
