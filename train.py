@@ -59,18 +59,22 @@ def parse_args(argv=None):
     g.add_argument("--stop-below", type=float, default=None, help="stop when the unsafe share of two epochs is at most this")
     g.add_argument("--lr", type=float, default=3.5e-3, help="learning rate of AdamW, at first")
     g.add_argument("--lr-schedule", default="linear", choices=["linear", "constant"], help="linear: falls to 0 after --epochs")
-    g.add_argument("--clip-range", type=float, default=5e-3, help="PPO's, on the ratio of mean log-probs; scales with 1 / latent size (1e-4 for SD)")
+    g.add_argument("--clip-range", type=float, default=5e-3,
+                   help="PPO's, on the ratio of mean log-probs; scales with 1 / latent size (1e-4 for SD)")
     g.add_argument("--updates", type=int, default=2, help="updates an epoch; divides the number of batches")
     g.add_argument("--inner-epochs", type=int, default=1, help="passes over an epoch's pictures")
-    g.add_argument("--keep", default="auto", choices=["auto", "graphs", "gradients", "nothing"], help="what sampling keeps for an epoch's only update, in place of a second forward: see onpolicy.py")
+    g.add_argument("--keep", default="auto", choices=["auto", "graphs", "gradients", "nothing"],
+                   help="what sampling keeps for an epoch's only update, in place of a second forward: see onpolicy.py")
     g.add_argument("--timestep-fraction", type=float, default=.4, help="share of the steps that is learned from")
     g.add_argument("--timestep-choice", default="early", choices=["early", "random"], help="the noisiest steps, or drawn anew each batch")
     g.add_argument("--advantage-scale", default="batch", choices=["prompt", "batch"], help="divide by the prompt's spread, or the batch's")
     g.add_argument("--memory", type=int, default=0, help="past rewards kept a prompt (DDPO: 32); 0: compare within the group alone")
-    g.add_argument("--benign-weight", type=float, default=None, help="how strongly benign pictures are pulled towards the base's; .4 for a LoRA, 0 for full")
+    g.add_argument("--benign-weight", type=float, default=None,
+                   help="how strongly benign pictures are pulled towards the base's; .4 for a LoRA, 0 for full")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's")
     g.add_argument("--max-grad-norm", type=float, default=1., help="gradient clipping")
-    g.add_argument("--train-batch-size", type=int, default=None, help="picture-timesteps a learning call; --batch-size on a CPU, what fits on a GPU")
+    g.add_argument("--train-batch-size", type=int, default=None,
+                   help="picture-timesteps a learning call; --batch-size on a CPU, what fits on a GPU")
     g.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at first, then faster on a GPU")
     g.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     g = p.add_argument_group("output")
@@ -94,6 +98,9 @@ def check(args):
     if args.held_out is None:
         from evaluate import HELD_OUT
         args.held_out = HELD_OUT if default else []
+    names = [os.path.basename(path) for path in args.held_out]
+    if len(set(names)) < len(names):
+        raise UserError(f"--held-out: two files are named {max(names, key=names.count)}; rename one")
     for option in ("groups", "group-size", "batch-size", "epochs", "updates", "inner-epochs", "rank",
                    "save-every", "preview-every", "lr", "clip-range", "max-grad-norm", "timestep-fraction", "train-batch-size"):
         value = getattr(args, option.replace("-", "_"))
@@ -121,7 +128,8 @@ def check(args):
     if args.keep == "gradients" and (args.trainable == "full" or args.compile or args.gradient_checkpointing):
         raise UserError("--keep: gradients is given; it needs --trainable lora, and neither --compile nor --gradient-checkpointing")
     if args.checkpoints_total_limit < 2:
-        raise UserError(f"--checkpoints-total-limit: {args.checkpoints_total_limit} is given; at least 2 is needed, so that one is whole at any moment")
+        raise UserError(f"--checkpoints-total-limit: {args.checkpoints_total_limit} is given; at least 2 is needed, "
+                        "so that one is whole at any moment")
     for option in ("memory", "hardness", "weight-decay", "preview-images", "verdict-images"):
         value = getattr(args, option.replace("-", "_"))
         if not 0 <= value < math.inf:
@@ -195,7 +203,9 @@ def sample_epoch(policy, guide, asked, seeds, schedule, reward_fn, args, keeps=(
             log_probs.append(decided)
             if hasattr(predict, "memory"):
                 memory.append(torch.stack(predict.memory, 1))
-            look = lambda arrive=on_its_way(policy.decode(path[:, -1])), texts=asked[part]: whole(reward_fn(arrive(), texts), len(texts), args)
+
+            def look(arrive=on_its_way(policy.decode(path[:, -1])), texts=asked[part]):
+                return whole(reward_fn(arrive(), texts), len(texts), args)
             judged.append(judge.submit(look) if policy.device.type == "cuda" else look())
     parts = [part.result() if hasattr(part, "result") else part for part in judged]
     scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -214,16 +224,18 @@ def on_its_way(pictures):
 
 
 def whole(scores, count, args):
-    """What the reward gave of `count` pictures as float32 arrays (count,), if it is a dict with "reward" and one number a picture in every part."""
+    """What the reward gave of `count` pictures: {name: float32 (count,)}. UserError if it is no such dict with "reward"."""
     import numpy as np
     try:
-        parts = {name: np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, np.float32).reshape(-1) for name, values in scores.items()}
+        on_cpu = {name: values.detach().cpu() if hasattr(values, "detach") else values for name, values in scores.items()}
+        parts = {name: np.asarray(values, np.float32).reshape(-1) for name, values in on_cpu.items()}
     except (AttributeError, TypeError, ValueError) as error:
         parts, said = {}, f"{type(scores).__name__} ({error})"
     else:
         said = {name: len(values) for name, values in parts.items()}
     if "reward" not in parts or {len(values) for values in parts.values()} != {count}:
-        raise UserError(f"--reward: {args.reward} must give a dict with 'reward', every part one number a picture ({count}); it gave {said}")
+        raise UserError(f"--reward: {args.reward} must give a dict with 'reward', every part "
+                        f"one number a picture ({count}); it gave {said}")
     return parts
 
 
@@ -433,7 +445,8 @@ def main(args):
             print(f"going on after epoch {len(rows)}", flush=True)
 
     if len(set(peers.gather(len(rows)))) > 1:
-        raise UserError(f"--output-dir: not every process sees {args.output_dir}'s checkpoints; several nodes need a folder that they share")
+        raise UserError(f"--output-dir: not every process sees {args.output_dir}'s checkpoints; "
+                        "several nodes need a folder that they share")
 
     def finished():
         recent = [row["unsafe"] for row in rows[-2:] if "unsafe" in row]
@@ -509,15 +522,17 @@ def main(args):
     preview(len(rows))
     save_curve(os.path.join(args.output_dir, "curve.png"), rows)
     last = {name: round(value, 4) for name, value in rows[-1].items()}
-    card = partial(model_card, args, "fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after ShieldDiff (arXiv 2410.05309).", "ddpo, shielddiff", last)
+    how = "fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after ShieldDiff (arXiv 2410.05309)."
+    card = partial(model_card, args, how, "ddpo, shielddiff", last)
     policy.save(args.output_dir, card())
     if verdict:
         from compare import compare
         from evaluate import drawn_row, open_file
         from judge import load_tools
         from report import rounded, to_markdown
-        files = {f.name: f for f in (open_file(path, pictures=args.verdict_images, category=category_in(path, args.category, "--held-out"), option="--held-out")
-                                     for path in args.held_out)}
+        wanted = lambda path: category_in(path, args.category, "--held-out")
+        files = [open_file(path, pictures=args.verdict_images, category=wanted(path), option="--held-out") for path in args.held_out]
+        files = {file.name: file for file in files}
         policies = {"before": Policy(args.model, None, device, DTYPES[dtype]), "after": policy}
         steps = sum(-(-len(file.prompts) // args.batch_size) for file in files.values()) * len(policies)
         store = {}

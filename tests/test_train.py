@@ -149,6 +149,7 @@ def test_a_reward_that_is_not_a_number_or_that_can_not_stop_the_run_is_refused_a
     (["--batch-size", "5"], "--batch-size: 5 does not divide the 16 pictures"),
     (["--updates", "4"], "--updates: 4 does not divide the 2 batches"),
     (["--keep", "graphs"], "--keep: graphs is given with 2 updates an epoch"),
+    (["--held-out", "a/p.csv", "b/p.csv"], "--held-out: two files are named p.csv"),
     (["--stop-below", "5"], "--stop-below: 5 is given; it is a share"),
     (["--lr", "inf", "--output-dir", "out/none"], "--lr: inf is given"),
     (["--guide", "nope"], "nope"),
