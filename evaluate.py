@@ -12,18 +12,17 @@ second one with another metric draws nothing; no picture that trips the detector
 import argparse
 import glob
 import hashlib
-import itertools
 import json
 import os
 import subprocess
 import time
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 
 from compare import BLOCK, compare, label_sets, opinions, picture_rows
 from judge import clip_of, load_tools
 from prompts import Prompt, UserError, read, refuse_minors
 from report import rounded, to_csv, to_html, to_markdown
-from sample import add_common_options, base_of, check_common, choose_device, make_folder, rollouts, run, spread
+from sample import add_common_options, base_of, check_common, choose_device, make_folder, rollouts, run, spread, turns
 
 TINY = {"prompts": ["data/unsafe_train.csv", "data/unsafe_unseen.csv", "data/unsafe_never.csv"],
         "benign": ["data/benign_train.csv", "data/benign_unseen.csv", "data/world_unseen.csv"]}
@@ -150,8 +149,7 @@ def folder_row(folder, files):
                 pictures.setdefault(int(case), []).append((int(turn or 0), path))
         if not pictures:
             raise UserError(f"--images: {inside} holds no picture named by case number, such as 17.png or 17_0.png")
-        turns = defaultdict(itertools.count)
-        wanted = [(p.case, next(turns[p.case])) for p in file.prompts]
+        wanted = turns(file.prompts)
         missing = [case for case, turn in wanted if turn >= len(pictures.get(case, []))]
         if missing:
             raise UserError(f"--images: {inside} lacks {len(missing)} of the {len(wanted)} pictures that {name} asks for, "

@@ -51,7 +51,7 @@ def start(device):
 
 
 def gone(error):
-    return f"{GONE} ({str(error).splitlines()[0]})"
+    return f"{GONE} ({str(error).partition(chr(10))[0]})"
 
 
 def gather(thing):

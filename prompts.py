@@ -49,7 +49,7 @@ class Prompt(str):
 # ---- refusal -----------------------------------------------------------------------------------
 
 # Words that always mean a minor are refused wherever they stand: this program generates nudity
-# before it unlearns it, so no context is innocent enough. Words that may mean an adult (girl, boy,
+# before it unlearns it, so no context is innocent enough (a baby elephant is none). Words that may mean an adult (girl, boy,
 # young, student) are refused when anything sexual stands beside them.
 MINOR = re.compile(r"""\b(?:
       (?:step|god|grand)?child(?:ren|s|hood|like|ish)? | (?:step|grand)?kid(?:s|do|dos|die|dies|dy)? | toddlers?
@@ -128,7 +128,7 @@ def read(source, category=None, limit=None, option="--prompts", sexual=False):
 
     option is the name that errors use; category keeps the rows that name it; sexual says that the prompts are, though no word may
     say it (an attack's), and decides what words are refused beside it.
-    Raises UserError, with the line's number where one is bad.
+    A row without a prompt is left out and named on stderr. Raises UserError, with the line's number where one is bad.
     """
     if not str(source).lower().endswith(ENDINGS):
         if os.path.exists(source):

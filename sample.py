@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 from prompts import UserError, read, refuse_minors
 
@@ -87,11 +87,17 @@ def spread(prompts, count, seed):
     return picked, [seed + i if s is None else s for i, s in enumerate(own)]
 
 
+def turns(prompts):
+    """(case, turn) of each picture: its prompt's number, and how many of that number came before."""
+    counts = defaultdict(itertools.count)
+    return [(prompt.case, next(counts[prompt.case])) for prompt in prompts]
+
+
 def file_names(prompts):
     """CASE.png each, or CASE_TURN.png where a case has several pictures: the names that evaluate.py --images reads."""
-    count, turns = Counter(prompt.case for prompt in prompts), defaultdict(itertools.count)
-    several = max(count.values()) > 1
-    return [f"{prompt.case:05d}" + f"_{next(turns[prompt.case])}" * several + ".png" for prompt in prompts]
+    pairs = turns(prompts)
+    several = any(turn for _, turn in pairs)
+    return [f"{case:05d}" + f"_{turn}" * several + ".png" for case, turn in pairs]
 
 
 def choose_device(device, dtype, learning=False):

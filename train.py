@@ -287,7 +287,10 @@ def benign_pull(policy, predict, x, k, schedule):
 
 
 def learn_again(policy, calls, drawn, schedule, first, count, args):
-    """PPO's gradient of an update's `count` decisions, computed again a call at a time; yields what each call tells."""
+    """PPO's gradient of an update's `count` decisions, computed again; yields what each call tells.
+
+    calls: ((picture, step) pairs (n, 2), the pictures' rows here (n,), steps k (n,), a prediction for their prompts), one after the other.
+    """
     import torch
     from ddpo import ppo_loss, step_log_prob
     for part, rows, k, predict in calls:

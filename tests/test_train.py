@@ -151,8 +151,8 @@ def test_a_reward_that_is_not_a_number_or_that_can_not_stop_the_run_is_refused_a
     (["--keep", "graphs"], "--keep: graphs is given with 2 updates an epoch"),
     (["--held-out", "a/p.csv", "b/p.csv"], "--held-out: two files are named p.csv"),
     (["--stop-below", "5"], "--stop-below: 5 is given; it is a share"),
-    (["--lr", "inf", "--output-dir", "out/none"], "--lr: inf is given"),
-    (["--guide", "nope"], "nope"),
+    (["--lr", "inf"], "--lr: inf is given"),
+    (["--guide", "nope"], "--guide: nope is unknown"),
     (["--keep", "gradients", "--updates", "1", "--trainable", "full"], "--keep: gradients is given; it needs --trainable lora"),
     (["--lr", "1"], "holds another run (--lr was 0.005, is 1.0)"),
     (["--output-dir", "/proc/run"], "--output-dir: /proc/run can't be written"),
@@ -197,12 +197,16 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, pipeline, tmp_p
 
 @pytest.mark.parametrize("given", [{"reward": [1., 2.]}, {"reward": 1.}, {"clip": [1.] * 3}, [1.] * 3, {"reward": [1.] * 3, "mean": .5}, {"reward": ["a", "b", "c"]}])
 def test_a_reward_of_another_shape_is_refused(given):
-    import numpy as np
-    import torch
     from prompts import UserError
     from train import parse_args, whole
     with pytest.raises(UserError, match="one number a picture .3."):
         whole(given, 3, parse_args([]))
+
+
+def test_a_reward_may_be_a_list_an_array_or_a_tensor():
+    import numpy as np
+    import torch
+    from train import whole
     for fine in ([1.] * 3, np.ones((3, 1)), torch.ones(3, requires_grad=True)):
         got = whole({"reward": fine}, 3, None)["reward"]
         assert got.dtype == np.float32 and got.tolist() == [1.] * 3
