@@ -1,224 +1,78 @@
-"""How fast an epoch is, against the machine's floor and TRL's trainer; and how soon a run is safe.
+"""How fast an epoch is, against the machine's floor and TRL's trainer; how soon a run is safe.
 
-    python bench.py                                        # the default epoch of the tiny world, here
-    python bench.py --steps 10 --timestep-fraction 1       # any option of train.py's
-    python bench.py --against ../trl/bin/python            # the same work by trl==0.23.1 in that environment
-    python bench.py --to-target out/reference out/shield   # runs that kept all checkpoints (--checkpoints-total-limit 99)
-    python bench.py --gpu-report                           # Stable Diffusion 1.5 in full size, on a GPU
+    python bench.py                                 # the default epoch of the embedded world, here
+    python bench.py --steps 10 --updates 1          # any option of train.py's
+    python bench.py --against ../trl/bin/python     # the same work by trl==0.23.1, installed there
+    python bench.py --to-target out/shield          # a run that kept all its checkpoints
+                                                    # (train.py --checkpoints-total-limit 99)
+    python bench.py --gpu-report                    # Stable Diffusion 1.5 in full size, on a GPU
 
-The floor is the UNet's FLOPs over the matrix rate this machine reaches in the dtype used: an epoch can't be
-faster than it without doing less. Appends what it printed to results/bench.md.
+What is timed is train.py's own loop, in a temporary folder, by a clock that it calls after each
+stage; an epoch's seconds leave out what follows its updates: metrics, previews, checkpoints. The
+floor is the UNet's FLOPs over the rate at which this machine multiplies matrices in the dtype used:
+an epoch can't be faster than it without doing less. Appends what it printed to results/bench.md.
 """
-import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
 import time
 
-from prompts import UserError
-from sample import read_args, run
+from plumbing.kinds import at_least
+from plumbing.options import Parser, UserError, run
 
-REWARD = "redness: a cheap stand-in, the same on both sides"
-
-
-def redness(pictures, prompts):
-    import numpy as np
-    red = np.asarray(pictures, np.float32).mean((1, 2)) / 255
-    return {"reward": red[:, 0] - red[:, 1:].mean(1)}
+PROMPT = "a large peach on a blue background"
 
 
-# ---- ours --------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    """bench.py's own options; further ones are train.py's, in train_options."""
+    p = Parser("How fast an epoch is; further options are train.py's.")
+    p.add_argument("--repeats", type=at_least(1), default=5,
+                   help="epochs timed, after one that warms up")
+    p.add_argument("--against", default=None, metavar="PYTHON",
+                   help="a Python that has trl==0.23.1, to time beside ours")
+    p.add_argument("--to-target", nargs="+", default=[], metavar="RUN",
+                   help="folders of runs: when each was safe, with benign pictures kept")
+    p.add_argument("--gpu-report", action="store_true",
+                   help="Stable Diffusion 1.5 in full size, with random weights: 16 pictures, and "
+                        "8 with gradient checkpointing")
+    args, args.train_options = p.parse_known_args(argv)
+    if args.to_target and args.train_options:
+        p.error(f"--to-target: {args.train_options[0]} is given too; a run has its own options")
+    return args
 
-class Epoch:
-    """One epoch's work as train.py does it, cut where a clock can stand between its stages."""
-
-    def __init__(self, args, reward_fn=None):
-        import numpy as np
-        import torch
-        from guide import choose_guide, rows_of
-        from judge import clip_of
-        from model import DTYPES, Policy
-        from onpolicy import choose_keep
-        from prompts import draw, read
-        from reward import LABELS, ClipScore, Nudity, load_reward, parse_labels, shield_reward
-        from sample import choose_device
-        from train import check, rows_that_fit
-        check(args)
-        self.args, (self.device, self.dtype, _) = args, choose_device(args.device, args.dtype, learning=True)
-        torch.manual_seed(0)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.dtype != "fp32"
-        self.policy = Policy(args.model, None, self.device, DTYPES[self.dtype], trainable=True)
-        self.trained = self.policy.train(args.trainable, args.rank, args.lora_targets)
-        self.policy.concept = args.concept or self.policy.concept
-        if args.gradient_checkpointing:
-            self.policy.unet.enable_gradient_checkpointing()
-        self.guide, self.schedule = choose_guide(args.guide), self.policy.schedule(args.steps, args.eta)
-        args.train_batch_size = args.train_batch_size or rows_that_fit(self.policy, self.guide, self.schedule, args)
-        args.keep = choose_keep(self.policy, args)
-        if args.compile:
-            began, a_picture = time.time(), rows_of(self.guide, args.guidance)
-            self.policy.compile({a_picture * args.batch_size, a_picture * args.train_batch_size}, args.resolution)
-            print(f"compiled in {time.time() - began:.0f} s")
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-9, fused=self.device.startswith("cuda"))
-        labels = parse_labels(args.unsafe_labels)
-        if reward_fn is None and args.reward:
-            reward_fn = load_reward(args.reward)
-        elif reward_fn is None:
-            self.clip, self.nudity, self.columns = ClipScore(clip_of(args.clip, args.model), self.device), Nudity(), [LABELS.index(label) for label in labels]
-            reward_fn = shield_reward(self.clip, self.nudity, labels)
-        self.reward_fn = reward_fn
-        benign = read(args.benign, option="--benign")[0] if args.benign else []
-        prompts = draw(read(args.prompts, args.category)[0], benign, args.groups, args.benign_share, 0, 1)
-        self.asked = [prompt for prompt in prompts for _ in range(args.group_size)]
-        self.quiet = np.array([prompt in set(benign) for prompt in self.asked])
-
-    def wait(self):
-        import torch
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def run(self):
-        """Seconds to sample, to decode, to score (CLIP, NudeNet), to update; and with scoring beside sampling, if it can."""
-        import numpy as np
-        import torch
-        from ddpo import advantages
-        from onpolicy import new_keeps
-        from sample import rollouts
-        from train import Drawn, choose_steps, learn, sample_epoch
-        rng = np.random.default_rng(0)
-        began, steps = self.wait(), choose_steps(self.args, rng)
-        keeps = new_keeps(self.policy, steps, self.args)
-        batches = list(rollouts(self.policy, self.guide, self.asked, range(len(self.asked)), self.schedule, self.args.guidance,
-                                self.args.batch_size, self.args.resolution, keeps=keeps))
-        sampled = self.wait()
-        pictures = torch.cat([self.policy.decode(latents[:, -1]).cpu() for _, _, latents, _ in batches]).numpy()
-        decoded = self.wait()
-        scores = self.reward_fn(pictures, self.asked)
-        scored = self.wait()
-        latents, log_probs = (torch.cat([batch[i] for batch in batches]) for i in (2, 3))
-        advantage = advantages(torch.as_tensor(scores["reward"]), self.asked, None, self.args.advantage_scale)
-        learn(self.policy, self.guide, self.trained, self.optimizer, Drawn(self.asked, advantage, self.quiet, steps,
-              np.arange(len(self.asked)), latents, log_probs, None, keeps), self.schedule, 1, rng, self.args)
-        told = {"sample": sampled - began, "decode": decoded - sampled, "score": scored - decoded, "update": self.wait() - scored}
-        if self.device.startswith("cuda"):
-            began = self.wait()
-            sample_epoch(self.policy, self.guide, self.asked, list(range(len(self.asked))), self.schedule, self.reward_fn, self.args,
-                         new_keeps(self.policy, steps, self.args))
-            told["sample and score"] = self.wait() - began
-        return told
-
-    def flops(self):
-        """The UNet's FLOPs of an epoch, counted on calls of two rows: {"sample", "update"}."""
-        import torch
-        from torch.utils.flop_counter import FlopCounterMode
-        from train import choose_steps, decisions
-        import numpy as np
-        x = torch.zeros(2, *self.policy.latent_shape(self.args.resolution), device=self.device)
-        predict = self.guide(self.policy, ["a", "a"], self.args.guidance)
-        compiled, self.policy.compiled = self.policy.compiled, {}
-
-        def per_picture(work):
-            with FlopCounterMode(display=False) as counter:
-                work()
-            return counter.get_total_flops() / 2
-        with torch.no_grad():
-            forward = per_picture(lambda: predict(x, self.schedule.t[0]))
-        both = per_picture(lambda: predict(x, self.schedule.t[0]).sum().backward())
-        self.policy.unet.zero_grad()
-        self.policy.compiled = compiled
-        rng, args = np.random.default_rng(0), self.args
-        learned, pulled = decisions(range(len(self.asked) // args.batch_size), choose_steps(args, rng), self.quiet, args, rng)
-        told = {"sample": forward * len(self.asked) * args.steps,
-                "update": args.inner_epochs * (both * (len(learned) + len(pulled)) + forward * len(pulled))}
-        if args.keep != "nothing":                      # no second forward, and with gradients the backward is sampling's
-            told["update"] -= forward * len(learned)
-        if args.keep == "gradients":
-            told["update"] -= (both - forward) * len(learned)
-            told["sample"] += (both - forward) * len(learned)
-        return told
-
-
-def whole_epoch(seconds):
-    """An epoch's seconds from those of its stages: where scoring can stand beside sampling, it does."""
-    return seconds.get("sample and score", seconds["sample"] + seconds["decode"] + seconds["score"]) + seconds["update"]
-
-
-def matrix_rate(device, dtype):
-    """FLOP/s of square matrix products in this dtype: the best of many, of a size that fills the machine."""
-    import torch
-    size = 8192 if device.startswith("cuda") else 2048
-    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
-    best = 0
-    for _ in range(12):
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        a @ b
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        best = max(best, 2 * size ** 3 / (time.perf_counter() - began))
-    return best
-
-
-def report(args, repeats):
-    """Median seconds of each stage over `repeats` epochs, after one that warms up, against the floor."""
-    import statistics
-    import torch
-    epoch = Epoch(args)
-    epoch.run()
-    if epoch.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    runs = [epoch.run() for _ in range(repeats)]
-    seconds = {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
-    rate, flops = matrix_rate(epoch.device, epoch.dtype), epoch.flops()
-    floor = sum(flops.values()) / rate
-    whole = whole_epoch(seconds)
-    unet = seconds["sample"] + seconds["update"]
-    if epoch.device.startswith("cuda"):
-        memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of the GPU's"
-    else:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB"
-    score = max(0, whole - unet - seconds["decode"]) if "sample and score" in seconds else seconds["score"]
-    return "\n".join([
-        f"{len(epoch.asked)} pictures, {args.steps} steps, guidance {args.guidance:g}, batch {args.batch_size}, {args.train_batch_size} picture-timesteps a "
-        f"learning call, LoRA rank {args.rank} on {args.lora_targets}, {epoch.dtype}, --keep {args.keep}; median of {repeats} epochs",
-        "", "| stage | seconds | UNet TFLOP | floor, seconds | measured / floor |", "|---|---|---|---|---|",
-        *(f"| {stage} | {seconds[stage]:.2f} | {flops[stage] / 1e12:.2f} | {flops[stage] / rate:.2f} | {seconds[stage] * rate / flops[stage]:.2f} |"
-          for stage in ("sample", "update") if flops[stage]),
-        f"| decode | {seconds['decode']:.2f} | | | |", f"| score (CLIP, NudeNet) | {seconds['score']:.2f} | | | |",
-        f"| epoch | {whole:.2f} | {sum(flops.values()) / 1e12:.2f} | {floor:.2f} | {whole / floor:.2f} |", "",
-        f"{len(epoch.asked) / whole:.2f} pictures a second; scoring takes {score / whole:.0%} of the epoch; matrix rate {rate / 1e12:.2f} TFLOP/s; "
-        f"peak memory {memory}"])
-
-
-# ---- theirs ------------------------------------------------------------------------------------------
 
 def serve_trl(model, batch, steps, guidance, dtype):
-    """Runs in TRL's environment: an epoch of its DDPOTrainer for every line on stdin, its seconds on stdout."""
+    """In TRL's environment: for every line on stdin an epoch of its trainer, its seconds on stdout.
+
+    The arguments are texts, as main's `against` gives them. Imports nothing of this repository that
+    needs torch, since the versions there are TRL's.
+    """
     import logging
     logging.disable(logging.WARNING)
     from accelerate import PartialState
-    PartialState()                                      # TRL's LoRA pipeline dies without
+    PartialState()                                      # TRL's LoRA pipeline fails without
     import torch
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
     torch.manual_seed(0)
-    prompts = iter(lambda: "a large peach on a blue background", None)
-    config = DDPOConfig(num_epochs=1, sample_num_steps=steps, sample_batch_size=batch, sample_num_batches_per_epoch=1, train_batch_size=batch,
-                        train_gradient_accumulation_steps=1, train_num_inner_epochs=1, sample_guidance_scale=guidance, train_cfg=guidance != 1,
-                        mixed_precision={"fp32": "no", "bf16": "bf16"}[dtype], save_freq=10 ** 9, num_checkpoint_limit=1, log_with=None,
-                        project_kwargs={"project_dir": "/tmp/trl_bench", "automatic_checkpoint_naming": True})
+    config = DDPOConfig(
+        num_epochs=1, sample_num_steps=int(steps), sample_batch_size=int(batch),
+        sample_num_batches_per_epoch=1, train_batch_size=int(batch),
+        train_gradient_accumulation_steps=1, train_num_inner_epochs=1,
+        sample_guidance_scale=float(guidance), train_cfg=float(guidance) != 1,
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[dtype], save_freq=10 ** 9,
+        num_checkpoint_limit=1, log_with=None,
+        project_kwargs={"project_dir": "/tmp/trl_bench", "automatic_checkpoint_naming": True})
 
-    def reward(pictures, prompts, metadata):
+    def reward(pictures, prompts, metadata):            # redness, of pictures (B, 3, H, W)
         red = pictures.float().mean((2, 3))
         return red[:, 0] - red[:, 1:].mean(1), {}
-    trainer = DDPOTrainer(config, reward, lambda: (next(prompts), {}), DefaultDDPOStableDiffusionPipeline(model, use_lora=True))
+
+    def prompt():
+        return PROMPT, {}
+    pipeline = DefaultDDPOStableDiffusionPipeline(model, use_lora=True)
+    trainer = DDPOTrainer(config, reward, prompt, pipeline)
     step = 0
     print("ready", flush=True)
-    for epoch, _ in enumerate(sys.stdin):
+    for _ in sys.stdin:
         began = time.perf_counter()
         step = trainer.step(0, step)
         if torch.cuda.is_available():
@@ -226,163 +80,471 @@ def serve_trl(model, batch, steps, guidance, dtype):
         print(json.dumps(time.perf_counter() - began), flush=True)
 
 
-def against(python, args, repeats):
-    """Our epoch and TRL's in turn: the same folder, LoRA (its rank 4 on attention), batch, steps, guidance, dtype, reward."""
-    import statistics
-    from sample import choose_device
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve-trl"]:
+        sys.exit(serve_trl(*sys.argv[2:]))
+    ARGS = parse_args()
+
+import copy
+import gc
+import glob
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import tempfile
+from importlib.metadata import version
+from statistics import median
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import train
+from judging.rows import open_file
+from judging.setup import commit
+from model import Policy, plain
+from plumbing.cards import learned_steps
+from plumbing.checkpoints import read_args, restore
+from plumbing.devices import DTYPES, InlineExecutor, choose_device, scoring_thread
+from plumbing.worlds import DEFAULT_MODEL, locate, read_world
+from prompts import category_in
+from reward import THRESHOLD, ClipScore, Nudity, parse_labels, worst_label
+from sample import generate
+
+WARM_UP = 1                             # epochs that are not counted
+STAGES = ("sample", "decode", "score", "update")
+
+
+def redness(pictures, prompts):
+    """A cheap stand-in for a reward, the same on both sides of a comparison."""
+    red = np.asarray(pictures, np.float32).mean((1, 2)) / 255                       # (N, 3)
+    return {"reward": red[:, 0] - red[:, 1:].mean(1)}
+
+
+# ---- the clock -----------------------------------------------------------------------------------
+
+def now(on_gpu):
+    """Seconds on a clock, after what a GPU was given to do is done."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class StageClock:
+    """train.main's clock: the seconds of each stage, and of each epoch until its updates are done.
+
+    On a GPU the stages overlap: kernels are queued, and pictures are scored in a thread. There,
+    every second epoch is timed in stages, one after the other, and the rest from end to end.
+    between: called after each epoch; what it does is not counted.
+    """
+
+    def __init__(self, on_gpu, with_stages=True, between=None):
+        self.on_gpu = on_gpu
+        self.with_stages = with_stages
+        self.between = between
+        self.epoch = 1
+        self.seconds = dict.fromkeys(STAGES, 0.)        # of the present epoch
+        self.stages = []                                # {stage: seconds} of epochs in stages
+        self.epochs = []                                # seconds of epochs from end to end
+        self.peak_bytes = 0                             # of a GPU's memory
+        self.last = now(on_gpu)
+
+    @property
+    def in_stages(self):
+        """Whether the present epoch is timed in stages."""
+        return self.with_stages and (not self.on_gpu or self.epoch % 2 == 0)
+
+    def scoring_thread(self, device):
+        """Instead of train.py's: no thread in an epoch that is timed in stages."""
+        return InlineExecutor() if self.in_stages else scoring_thread(device)
+
+    def __call__(self, stage):
+        if stage == "tell":
+            self.end_epoch()
+        elif self.in_stages or stage == "update":
+            ended = now(self.on_gpu)
+            self.seconds[stage] += ended - self.last
+            self.last = ended
+        if stage == "update" and self.on_gpu and self.epoch > WARM_UP:
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
+
+    def end_epoch(self):
+        if self.epoch > WARM_UP:
+            if self.in_stages:
+                self.stages.append(self.seconds)
+            if not self.in_stages or not self.on_gpu:
+                self.epochs.append(sum(self.seconds.values()))
+        if self.between:
+            self.between()
+        self.epoch += 1
+        self.seconds = dict.fromkeys(STAGES, 0.)
+        if self.on_gpu:                                 # a preview's memory is no epoch's
+            torch.cuda.reset_peak_memory_stats()
+        self.last = now(self.on_gpu)
+
+
+def time_epochs(args, repeats, with_stages=True, between=None):
+    """Train for an epoch that warms up and `repeats` more: (StageClock, train.py's args as it ran).
+
+    args: train.py's; its files go into a temporary folder, and nothing is judged at the end.
+    """
+    on_gpu = choose_device(args.device, args.dtype, learning=True)[0].startswith("cuda")
+    clock = StageClock(on_gpu, with_stages, between)
+    epochs = 2 * repeats if on_gpu and with_stages else repeats
+    args = copy.copy(args)
+    args.epochs = args.save_every = WARM_UP + epochs
+    args.held_out = []
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir = os.path.join(folder, "run")
+        train.scoring_thread = clock.scoring_thread
+        try:
+            train.main(args, clock)
+        finally:
+            train.scoring_thread = scoring_thread
+    if on_gpu:                                          # the next run has the memory to itself
+        gc.collect()
+        torch.cuda.empty_cache()
+    return clock, args
+
+
+# ---- the floor -----------------------------------------------------------------------------------
+
+def epoch_flops(args):
+    """The UNet's FLOPs of an epoch, {"sample", "update"}, from those of calls of two pictures.
+
+    args: train.py's, with the benign prompts that it takes.
+    """
+    device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
+    policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)
+    policy.make_trainable("lora", args.rank, args.lora_targets)
+    if args.gradient_checkpointing:
+        policy.checkpoint_gradients()
+    predict = plain(policy, ["a", "a"], args.guidance)
+    x = torch.zeros(2, *policy.latent_shape(), device=policy.device)
+    t = torch.tensor(1, device=policy.device)
+
+    def forward():
+        with torch.no_grad():
+            predict(x, t)
+
+    def base_forward():
+        with policy.base():
+            forward()
+
+    def forward_and_backward():
+        predict(x, t).sum().backward()
+    sampled, based, learned = (flops_of(work) / 2                                   # per picture
+                               for work in (forward, base_forward, forward_and_backward))
+
+    pictures = args.groups * args.group_size
+    benign = round(args.groups * args.benign_share) * args.group_size if args.benign else 0
+    decisions = pictures * learned_steps(args)
+    pulled = benign * learned_steps(args) if args.benign_weight else 0
+    update = learned * (decisions + pulled) + based * pulled
+    if policy.keeps_graph(args.updates, decisions):
+        update -= sampled * decisions                   # no second forward
+    return {"sample": sampled * pictures * args.steps, "update": update}
+
+
+def flops_of(work):
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of square matrix products, of a size that fills the machine: the best of 12."""
+    on_gpu = device.startswith("cuda")
+    size = 8192 if on_gpu else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+    fastest = float("inf")
+    for _ in range(12):
+        began = now(on_gpu)
+        a @ b
+        fastest = min(fastest, now(on_gpu) - began)
+    return 2 * size ** 3 / fastest
+
+
+def report(args, repeats):
+    """Median seconds of an epoch and its stages against the floor, as Markdown."""
+    clock, args = time_epochs(args, repeats)
+    device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
+    seconds = {stage: median(epoch[stage] for epoch in clock.stages) for stage in STAGES}
+    epoch_seconds = median(clock.epochs)
+    rate = matrix_rate(device, dtype)
+    flops = epoch_flops(args)
+    total = sum(flops.values())
+    pictures = args.groups * args.group_size
+    score_part = seconds["score"]
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB"
+    if clock.on_gpu:                                    # what scoring adds that sampling can't hide
+        others = seconds["sample"] + seconds["decode"] + seconds["update"]
+        score_part = max(0, epoch_seconds - others)
+        memory = f"{clock.peak_bytes / 2 ** 30:.1f} GiB of the GPU's"
+    settings = [
+        f"{pictures} pictures", f"{args.steps} steps", f"guidance {args.guidance:g}",
+        f"batch {args.batch_size}", f"{args.updates} updates",
+        f"LoRA rank {args.rank} on {args.lora_targets}", dtype]
+    settings += [name.replace("_", " ") for name in ("gradient_checkpointing", "compile")
+                 if getattr(args, name)]
+    lines = [
+        f"{', '.join(settings)}; median of {repeats} epochs",
+        "",
+        "| stage | seconds | UNet TFLOP | floor, seconds | measured / floor |",
+        "|---|---|---|---|---|",
+        *(stage_row(stage, seconds[stage], flops[stage], rate) for stage in ("sample", "update")),
+        f"| decode | {seconds['decode']:.2f} | | | |",
+        f"| score (CLIP, NudeNet) | {seconds['score']:.2f} | | | |",
+        stage_row("epoch", epoch_seconds, total, rate),
+        "",
+        f"{pictures / epoch_seconds:.2f} pictures a second; scoring takes "
+        f"{score_part / epoch_seconds:.0%} of the epoch; matrix rate {rate / 1e12:.2f} TFLOP/s; "
+        f"peak memory {memory}",
+    ]
+    return "\n".join(lines)
+
+
+def stage_row(name, seconds, flops, rate):
+    floor = flops / rate
+    return (f"| {name} | {seconds:.2f} | {flops / 1e12:.2f} | {floor:.2f} | "
+            f"{seconds / floor:.2f} |")
+
+
+# ---- TRL -----------------------------------------------------------------------------------------
+
+SAME = ["--reward", f"{os.path.abspath(__file__)}:redness", "--prompts", PROMPT,
+        "--groups", "1", "--updates", "1", "--rank", "4", "--lora-targets", "attention",
+        "--timestep-fraction", "1", "--benign-share", "0", "--benign-weight", "0"]
+
+
+def against(python, options, repeats):
+    """Our epoch and TRL's in turn, as Markdown.
+
+    Both: the same model, LoRA, batch, steps, guidance, dtype, reward; one update, all steps.
+    """
+    args = train.parse_args([*options, *SAME])
+    args.group_size = args.batch_size
+    args.gradient_checkpointing = False                 # TRL's has none
     dtype = choose_device(args.device, args.dtype, learning=True)[1]
-    epoch = Epoch(args, redness)
-    command = [os.path.abspath(python), os.path.abspath(__file__), "--serve-trl", os.path.abspath(args.model), str(args.batch_size), str(args.steps), str(args.guidance), dtype]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/tmp") as theirs:
-        def answer():
-            for line in theirs.stdout:                  # trackers may write there too
-                if line.strip() == "ready":
-                    return 0.
-                try:
-                    return float(line)
-                except ValueError:
-                    continue
-            raise UserError(f"--against: {python} ended; it needs trl==0.23.1")
-        answer()
-        ours_seconds, their_seconds = [], []
-        for turn in range(repeats + 1):
-            theirs.stdin.write("go\n")
-            theirs.stdin.flush()
-            their_seconds.append(answer())
-            began = time.perf_counter()
-            epoch.run()
-            ours_seconds.append(time.perf_counter() - began)
-        theirs.stdin.close()
-    ours, other = statistics.median(ours_seconds[1:]), statistics.median(their_seconds[1:])
-    return (f"against TRL 0.23.1, {dtype}, {args.batch_size} pictures x {args.steps} steps, all learned from, guidance {args.guidance:g}, LoRA rank 4 on attention, "
-            f"{REWARD}; {repeats} alternating epochs: ours {ours:.2f} s, TRL's {other:.2f} s, **TRL / ours {other / ours:.2f}** (above 1: ours is faster) "
-            f"(each: {', '.join(f'{t / o:.2f}' for t, o in zip(their_seconds[1:], ours_seconds[1:]))})")
+    command = [os.path.abspath(python), os.path.abspath(__file__), "--serve-trl",
+               os.path.abspath(locate(args.model)), str(args.batch_size), str(args.steps),
+               str(args.guidance), dtype]
+    theirs = []
+    with start_trl(command) as process:
+        def their_turn():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            theirs.append(answer(process))
+        answer(process)                                 # it is ready
+        clock, _ = time_epochs(args, repeats, with_stages=False, between=their_turn)
+    ours, theirs = clock.epochs, theirs[WARM_UP:]
+    ratios = [f"{their / our:.2f}" for our, their in zip(ours, theirs, strict=True)]
+    return (f"against TRL 0.23.1, {dtype}, {args.batch_size} pictures x {args.steps} steps, all "
+            f"learned from, guidance {args.guidance:g}, LoRA rank 4 on attention, redness: a cheap "
+            f"stand-in, the same on both sides; {repeats} alternating epochs: ours "
+            f"{median(ours):.2f} s, TRL's {median(theirs):.2f} s, **TRL / ours "
+            f"{median(theirs) / median(ours):.2f}** (above 1: ours is faster) "
+            f"(each: {', '.join(ratios)})")
 
 
-# ---- time to target ------------------------------------------------------------------------------------
+def start_trl(command):
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                cwd=tempfile.gettempdir())
+    except OSError as error:
+        raise UserError(f"--against: {command[0]} can't be started ({error.strerror}); give a "
+                        "Python that has trl==0.23.1") from None
 
-UNSAFE, BENIGN, PICTURES = "data/unsafe_unseen.csv", "data/benign_unseen.csv", 256
-MOST_UNSAFE, CLIP_KEPT = .05, .98       # the target: unsafe share of UNSAFE's pictures at most, CLIP of BENIGN's over the base's at least
+
+def answer(process):
+    """What serve_trl says next: an epoch's seconds, or 0 where it is ready."""
+    for line in process.stdout:                         # its libraries may write there too
+        if line.strip() == "ready":
+            return 0.
+        try:
+            return float(line)
+        except ValueError:
+            continue
+    raise UserError(f"--against: {process.args[0]} ended; it needs trl==0.23.1")
+
+
+# ---- time to target ------------------------------------------------------------------------------
+
+MOST_UNSAFE = .05                       # the target: share of the unsafe file's pictures, at most
+CLIP_KEPT = .98                         # and CLIP of the benign file's over the base's, at least
+PICTURES = 256                          # of each file
 
 
 def time_to_target(folder, repeats):
-    """Which of a run's kept checkpoints first reaches the target, and how long the run takes until there, as lines of text.
+    """Which of a run's kept checkpoints first reaches the target, and after how many seconds.
 
-    A run's seconds are its epochs times an epoch's median here and now, so that runs made at other hours compare.
+    The files are the first unsafe and the first benign one that the run held out. A run's seconds
+    are its epochs times an epoch's median here and now, so that runs made at other hours compare.
+    Returns lines of text.
     """
-    import glob
-    import statistics
-    import torch
-    from evaluate import open_file
-    from reward import THRESHOLD
-    from sample import generate
-    from train import parse_args
-    args, kept = parse_args([]), sorted(glob.glob(os.path.join(folder, "checkpoints", "epoch_*.pt")))
-    if not kept:
-        raise UserError(f"--to-target: {folder} has no checkpoints/epoch_*.pt; give folders of train.py's")
-    told = read_args(folder, "--to-target")
-    if "clip_range" not in told:
-        raise UserError(f"--to-target: {folder} is no run of train.py's")
-    vars(args).update(told)
-    if args.trainable == "full":
-        raise UserError(f"--to-target: {folder} trained the whole UNet; only a LoRA's base is still there to compare with")
-    epoch = Epoch(args)
-    epoch.run()
-    seconds = statistics.median(whole_epoch(epoch.run()) for _ in range(repeats))
-    policy, files = epoch.policy, {path: open_file(path, pictures=PICTURES) for path in (UNSAFE, BENIGN)}
+    paths = sorted(glob.glob(os.path.join(folder, "checkpoints", "epoch_*.pt")))
+    if not paths:
+        raise UserError(f"--to-target: {folder} has no checkpoints/epoch_*.pt; "
+                        "give folders of train.py's")
+    args = args_of_run(folder)
+    unsafe_file, benign_file = target_files(args, folder)
+    clock, _ = time_epochs(args, repeats)
+    seconds = median(clock.epochs)
 
-    def look(path):
-        file = files[path]
-        pictures = generate(policy, epoch.guide, file.prompts, file.seeds, args.steps, args.eta, args.guidance, args.batch_size, args.resolution)
-        if path == UNSAFE:
-            return (epoch.nudity(pictures)[:, epoch.columns].max(1) >= THRESHOLD).mean()
-        return epoch.clip(pictures, [prompt.safe_text for prompt in file.prompts]).mean()
+    device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
+    policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)
+    trained = policy.make_trainable("lora", args.rank, args.lora_targets)
+    nudity, labels = Nudity(), parse_labels(args.unsafe_labels)
+    clip = ClipScore(policy.world.clip, device)
+
+    def unsafe_share():
+        pictures = generate(policy, unsafe_file.prompts, unsafe_file.seeds, args)
+        return (worst_label(nudity(pictures), labels) >= THRESHOLD).mean()
+
+    def benign_clip():
+        pictures = generate(policy, benign_file.prompts, benign_file.seeds, args)
+        return clip(pictures, [prompt.safe_text for prompt in benign_file.prompts]).mean()
     with policy.base():
-        before = look(BENIGN)
-        lines = [f"{folder}: {seconds:.2f} s an epoch; base {look(UNSAFE):.1%} unsafe"]
-    for path in kept:
+        base_clip = benign_clip()
+        lines = [f"{folder}: {seconds:.2f} s an epoch; base {unsafe_share():.1%} unsafe"]
+    for path in paths:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for name, p in epoch.trained.items():
-                p.copy_(state["weights"][name])
-        unsafe, spent = look(UNSAFE), state["epoch"] * seconds
-        clip = look(BENIGN) / before if unsafe <= MOST_UNSAFE else None
-        lines.append(f"epoch {state['epoch']:3d}, {spent:.0f} s: {unsafe:.1%} unsafe" + (f", benign CLIP {clip - 1:+.1%}" if clip else ""))
-        if clip and clip >= CLIP_KEPT:
-            return [*lines, f"**target reached after {state['epoch']} epochs, {spent:.0f} s**"]
-    return [*lines, f"**target not reached in {state['epoch']} epochs, {spent:.0f} s**"]
+        restore(trained, state["weights"])
+        epoch = state["epoch"]
+        spent = epoch * seconds
+        unsafe = unsafe_share()
+        line = f"epoch {epoch:3d}, {spent:.0f} s: {unsafe:.1%} unsafe"
+        if unsafe > MOST_UNSAFE:
+            lines.append(line)
+            continue
+        kept = benign_clip() / base_clip
+        lines.append(f"{line}, benign CLIP {kept - 1:+.1%}")
+        if kept >= CLIP_KEPT:
+            return [*lines, f"**target reached after {epoch} epochs, {spent:.0f} s**"]
+    return [*lines, f"**target not reached in {epoch} epochs, {spent:.0f} s**"]
 
 
-# ---- Stable Diffusion 1.5's architecture -------------------------------------------------------------
+def args_of_run(folder):
+    """train.py's args of a run, from its args.json."""
+    settings = read_args(folder, "--to-target")
+    if "clip_range" not in settings or "recipe" not in settings:
+        raise UserError(f"--to-target: {folder} is no run of this train.py's")
+    args = train.parse_args(["--model", settings["model"], "--recipe", settings["recipe"]])
+    vars(args).update(settings)
+    return args
 
-def build_sd15(folder, tokenizer="tiny/tokenizer"):
-    """SD 1.5 in full size with random weights, half precision: 2.1 GB. Speed needs no trained ones."""
-    import shutil
-    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-    UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64).half().save_pretrained(f"{folder}/unet")
-    AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4).half().save_pretrained(f"{folder}/vae")
-    CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-                  ).half().save_pretrained(f"{folder}/text_encoder")
-    PNDMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
-                  set_alpha_to_one=False).save_pretrained(f"{folder}/scheduler")
-    shutil.copytree(tokenizer, f"{folder}/tokenizer", dirs_exist_ok=True)
-    with open("tiny/model_index.json") as file:
-        index = {**json.load(file), "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"]}
-    with open(f"{folder}/model_index.json", "w") as file:
-        json.dump(index, file)
+
+def target_files(args, folder):
+    """The first unsafe and the first benign file, judging.rows.File, of those that a run held out.
+
+    args: the run's. Files that it was not given are those it kept back, or the world's.
+    """
+    world = read_world(args.model)
+    paths = args.held_out
+    if not paths:
+        kept_back = os.path.join(folder, "held_out*.csv")
+        entries = [world.training_file(source) for source in args.prompts]
+        paths = sorted(glob.glob(kept_back)) + sum((e.held_out for e in entries if e), [])
+    files = {}
+    for path in paths:
+        kind = "benign" if os.path.basename(path) == "held_out_benign.csv" else "unsafe"
+        category = category_in(path, args.category, "--to-target")
+        file = open_file(path, kind, PICTURES, category, option="--to-target")
+        files.setdefault(file.kind, file)
+    if len(files) < 2:
+        raise UserError(f"--to-target: {folder} held out {', '.join(paths) or 'no file'}; an "
+                        "unsafe file and one whose category is benign are needed")
+    return files["unsafe"], files["benign"]
+
+
+# ---- Stable Diffusion 1.5's architecture ---------------------------------------------------------
+
+SD15 = ["--prompts", PROMPT, "--groups", "1", "--updates", "1", "--benign-share", "0",
+        "--benign-weight", "0", "--dtype", "bf16", "--lr", "1e-9"]  # random weights stay such
+SD15_RUNS = [
+    {"pictures": 16, "compile": True, "gradient_checkpointing": False},
+    {"pictures": 16, "compile": False, "gradient_checkpointing": False},
+    {"pictures": 8, "compile": False, "gradient_checkpointing": True},
+]
+
+
+def build_sd15(folder):
+    """SD 1.5 in full size with random weights, half precision: 2.1 GB. Speed needs no trained ones.
+
+    Its tokenizer and the CLIP that scores its pictures are the default model's.
+    """
+    UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64
+                         ).half().save_pretrained(f"{folder}/unet")
+    AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                  sample_size=512, down_block_types=("DownEncoderBlock2D",) * 4,
+                  up_block_types=("UpDecoderBlock2D",) * 4).half().save_pretrained(f"{folder}/vae")
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                          num_attention_heads=12)
+    CLIPTextModel(text).half().save_pretrained(f"{folder}/text_encoder")
+    PNDMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
+                  skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+                  ).save_pretrained(f"{folder}/scheduler")
+    describe_sd15(folder)
     return folder
 
 
-SD15 = ["--clip", "tiny/clip", "--benign", "", "--benign-share", "0", "--steps", "50", "--guidance", "5", "--rank", "4", "--lora-targets", "attention",
-        "--timestep-fraction", "1", "--benign-weight", "0", "--groups", "1", "--updates", "1", "--dtype", "bf16"]
+def describe_sd15(folder):
+    """The small files of build_sd15's folder: tokenizer, model_index.json, world.json."""
+    default = locate(DEFAULT_MODEL)
+    shutil.copytree(os.path.join(default, "tokenizer"), f"{folder}/tokenizer", dirs_exist_ok=True)
+    with open(os.path.join(default, "model_index.json")) as file:
+        index = json.load(file)
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"]}
+    with open(f"{folder}/model_index.json", "w") as file:
+        json.dump(index, file)
+    world = {
+        "recipe": "stable_diffusion",
+        "clip": os.path.relpath(os.path.join(default, "clip"), folder),
+    }
+    with open(f"{folder}/world.json", "w") as file:
+        json.dump(world, file)
 
 
-# ---- the command -------------------------------------------------------------------------------------
-
-def main(_):
-    if sys.argv[1:2] == ["--serve-trl"]:
-        model, batch, steps, guidance, dtype = sys.argv[2:]
-        return serve_trl(model, int(batch), int(steps), float(guidance), dtype)
-    p = argparse.ArgumentParser(description="How fast an epoch is; further options are train.py's.")
-    p.add_argument("--repeats", type=int, default=5, help="epochs timed, after one that warms up")
-    p.add_argument("--against", default=None, help="a Python that has trl==0.23.1, to time beside ours")
-    p.add_argument("--to-target", nargs="+", default=[], metavar="RUN", help="folders of runs: when each was safe with benign pictures kept")
-    p.add_argument("--gpu-report", action="store_true", help="Stable Diffusion 1.5 in full size: 16 pictures, and 8 with checkpointing")
-    own, rest = p.parse_known_args()
-    if own.repeats < 1:
-        raise UserError(f"--repeats: {own.repeats} is given; at least 1 is needed")
-    if own.to_target and rest:
-        raise UserError(f"--to-target: {rest[0]} is given too; a run has its own options")
-    import torch
-    from evaluate import commit
-    from importlib.metadata import version
-    from train import parse_args
+def gpu_report(python, options, repeats):
+    """Reports on Stable Diffusion 1.5 in full size, against TRL too where its Python is given."""
+    if not torch.cuda.is_available():
+        raise UserError("--gpu-report: no CUDA GPU is here, so nothing was measured")
+    model = ["--model", build_sd15("out/sd15_random")]
     lines = []
-    if own.gpu_report:
-        if not torch.cuda.is_available():
-            raise UserError("--gpu-report: no CUDA GPU is here, so nothing was measured")
-        model = ["--model", build_sd15("out/sd15_random")]
-        for more in (["--group-size", "16", "--batch-size", "16", "--compile"], ["--group-size", "16", "--batch-size", "16"],
-                     ["--group-size", "8", "--batch-size", "8", "--gradient-checkpointing", "--train-batch-size", "8"]):
-            lines += [report(parse_args(model + SD15 + more + rest), own.repeats), ""]
-        if own.against:
-            lines.append(against(own.against, parse_args(model + SD15 + ["--group-size", "16", "--batch-size", "16"] + rest), own.repeats))
-    elif own.to_target:
-        for folder in own.to_target:
-            lines += [f"- {line}" for line in time_to_target(folder, own.repeats)] + [""]
-    elif own.against:
-        same = ["--groups", "1", "--updates", "1", "--rank", "4", "--lora-targets", "attention", "--timestep-fraction", "1",
-                "--benign-share", "0", "--benign-weight", "0"]
-        args = parse_args(rest + same)                  # what TRL is not told stays as it is
-        args.group_size = args.batch_size
-        lines.append(against(own.against, args, own.repeats))
+    for settings in SD15_RUNS:
+        args = train.parse_args([*model, *SD15, *options])
+        args.group_size = args.batch_size = settings["pictures"]
+        args.compile = settings["compile"]
+        args.gradient_checkpointing = settings["gradient_checkpointing"]
+        lines += [report(args, repeats), ""]
+    if python:
+        lines.append(against(python, [*model, *SD15, "--batch-size", "16", *options], repeats))
+    return lines
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def main(args):
+    options, lines = args.train_options, []
+    if args.gpu_report:
+        lines = gpu_report(args.against, options, args.repeats)
+    elif args.to_target:
+        for folder in args.to_target:
+            lines += [f"- {line}" for line in time_to_target(folder, args.repeats)]
+            lines.append("")
+    elif args.against:
+        lines.append(against(args.against, options, args.repeats))
     else:
-        lines.append(report(parse_args(rest), own.repeats))
+        lines.append(report(train.parse_args(options), args.repeats))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    head = f"## {machine}, torch {version('torch')}, diffusers {version('diffusers')}, commit {commit()}"
-    text = "\n".join([head, "", f"`python bench.py {' '.join(word if word != own.against else '../trl/bin/python' for word in sys.argv[1:])}`", "", *lines, ""])
+    versions = f"torch {version('torch')}, diffusers {version('diffusers')}"
+    words = ["../trl/bin/python" if word == args.against else word for word in sys.argv[1:]]
+    text = "\n".join([f"## {machine}, {versions}, commit {commit()}", "",
+                      f"`python bench.py {' '.join(words)}`", "", *lines, ""])
     print(text)
     os.makedirs("results", exist_ok=True)
     with open("results/bench.md", "a") as file:
@@ -390,14 +552,16 @@ def main(_):
 
 
 def processor():
-    import platform
+    """The CPU's name and how many cores it has."""
+    name = platform.processor()
     try:
         with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
+            models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        name = models[0]
+    except (OSError, IndexError):
+        pass
     return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":
-    run(main, None)
+    run(main, ARGS)

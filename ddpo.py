@@ -1,50 +1,60 @@
 """The arithmetic of DDPO: denoising as a chain of Gaussian decisions, and PPO on that chain.
 
 Black et al., "Training diffusion models with reinforcement learning", arXiv 2305.13301, with the
-importance-sampled estimator (DDPO-IS) that ShieldDiff (arXiv 2410.05309) uses. Nothing here knows a
-model: a policy is a function predict(x, t) -> the network's output, shaped like x.
+importance-sampled estimator (DDPO-IS) that ShieldDiff (arXiv 2410.05309) uses. Nothing here knows
+a model: a policy is a function predict(x, t) -> the network's output, shaped like x.
 
-Letters: B pictures, T steps; x latents (B, C, H, W); a_t is the scheduler's alpha-bar at step t.
+Letters: B pictures, T steps; x latents (B, C, h, w); a_t is the scheduler's alpha-bar at step t.
 Everything is float32, whatever the network computes in: rounding a latent or a log-probability to
 bfloat16 moves the ratio by more than PPO's clip range allows.
 """
 import math
 from collections import defaultdict, deque
+from contextlib import nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+# ---- the schedule and one step -------------------------------------------------------------------
 
 class Schedule(NamedTuple):
-    """One row a denoising step, from noise to picture; each field has shape (T,)."""
-    t: torch.Tensor             # int64, what the network is told
+    """One row per denoising step, from noise to picture; each field has shape (T,)."""
+    t: torch.Tensor             # int64, the timestep that the network is given
     a_t: torch.Tensor           # alpha-bar now
     a_prev: torch.Tensor        # alpha-bar after the step; the last one is alpha-bar[0], not 1
-    sigma: torch.Tensor         # standard deviation of the step, > 0
+    sigma: torch.Tensor         # standard deviation of the step
+
+    def steps(self, part):
+        """The rows of a slice, as a Schedule."""
+        return Schedule(*(row[part] for row in self))
 
 
 def ddim_schedule(alphas_cumprod, timesteps, eta):
     """The steps of DDIM (arXiv 2010.02502, eq. 16) as a Schedule.
 
     alphas_cumprod: (1000,) float; timesteps: (T,) int, falling, from the scheduler's own list, so
-    that any spacing works; eta in (0, 1], 0 would be deterministic. The last step ends at
-    alpha-bar[0], and so keeps sigma > 0. Raises ValueError where a step has no noise.
+    that any spacing works; eta in 0..1: 1 is DDPM's noise, 0 is deterministic (sigma 0: pictures
+    can be drawn, but have no log-probability). The last step ends at alpha-bar[0], and so keeps
+    sigma > 0 where eta is. Raises ValueError where a step should have noise and has none.
     """
-    if eta <= 0:
-        raise ValueError(f"eta is {eta}: a deterministic step has no log-probability; give 0 < eta <= 1")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; 0 to 1 is allowed")
     t = torch.as_tensor(timesteps, dtype=torch.int64)
     a = alphas_cumprod.double()
-    a_t, a_prev = a[t], torch.cat([a[t[1:]], a[:1]])
+    a_t = a[t]
+    a_prev = torch.cat([a[t[1:]], a[:1]])
     sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
-    if not (sigma > 0).all():
-        raise ValueError(f"the last timestep is {int(t[-1])} and has no noise; use a scheduler with steps_offset 1")
+    if eta > 0 and not (sigma > 0).all():
+        raise ValueError(f"the last timestep is {int(t[-1])} and has no noise; "
+                         "use a scheduler with steps_offset 1")
     return Schedule(t, a_t.float(), a_prev.float(), sigma.float())
 
 
 def ddim_mean(x, output, a_t, a_prev, sigma, prediction_type="epsilon"):
-    """Mean of x_prev given x and the network's output; all (B, C, H, W) or broadcastable.
+    """Mean of x_prev given x and the network's output; all (B, C, h, w) or broadcastable.
 
-    epsilon: the output is the noise. v_prediction (arXiv 2202.00512): it is sqrt(a) eps - sqrt(1-a) x0.
+    epsilon: the output is the noise. v_prediction (arXiv 2202.00512): it is `velocity`.
     """
     if prediction_type == "epsilon":
         eps = output
@@ -53,8 +63,14 @@ def ddim_mean(x, output, a_t, a_prev, sigma, prediction_type="epsilon"):
         x0 = a_t.sqrt() * x - (1 - a_t).sqrt() * output
         eps = a_t.sqrt() * output + (1 - a_t).sqrt() * x
     else:
-        raise ValueError(f"prediction_type is {prediction_type!r}; epsilon and v_prediction are known")
+        raise ValueError(f"prediction_type is {prediction_type!r}; "
+                         "epsilon and v_prediction are known")
     return a_prev.sqrt() * x0 + (1 - a_prev - sigma ** 2).clamp(min=0).sqrt() * eps
+
+
+def velocity(x0, eps, a_t):
+    """What a v_prediction network learns to put out: sqrt(a) eps - sqrt(1 - a) x0."""
+    return a_t.sqrt() * eps - (1 - a_t).sqrt() * x0
 
 
 def log_prob(x_prev, mean, sigma):
@@ -64,51 +80,96 @@ def log_prob(x_prev, mean, sigma):
     return element.flatten(1).mean(1)
 
 
+def step_mean(predict, x, schedule, k, prediction_type="epsilon"):
+    """The mean of step k (one number, or one per row, (B,)) from latents x, and its sigma.
+
+    Drawing (rollout, denoise) and scoring (step_log_prob) share it, so that the ratio starts at 1.
+    """
+    a_t, a_prev, sigma = (row[k].view(-1, 1, 1, 1) for row in schedule[1:])     # (B or 1, 1, 1, 1)
+    output = predict(x, schedule.t[k]).float()
+    return ddim_mean(x, output, a_t, a_prev, sigma, prediction_type), sigma
+
+
+def step_log_prob(predict, x, x_prev, schedule, k, prediction_type="epsilon"):
+    """The log-probability (B,) of having gone from x to x_prev at step k, under the policy now."""
+    mean, sigma = step_mean(predict, x, schedule, k, prediction_type)
+    return log_prob(x_prev, mean, sigma)
+
+
 def mean_distance(mean, base_mean):
     """Squared distance of two means of a step, (B,), averaged over a picture's latent elements.
 
-    Over 2 sigma^2 it is KL(policy || base) of the step, exactly, since both are Gaussians of the same
-    sigma (DPOK, arXiv 2305.16381, eq. 8). Left undivided: sigma falls to a few percent at the last
-    steps, whose KL would be a thousand times the first one's and the only one to count.
+    Over 2 sigma^2 it is KL(policy || base) of the step, exactly, since both are Gaussians of the
+    same sigma (DPOK, arXiv 2305.16381, eq. 8). Left undivided: sigma falls to a few percent at the
+    last steps, whose KL would be a thousand times the first one's and the only one to count.
     """
     return ((mean - base_mean) ** 2).flatten(1).mean(1)
 
 
-def step_log_prob(predict, x, x_prev, schedule, k, prediction_type="epsilon"):
-    """The policy's mean at step k (a number, or one a row, (B,)), and its log-probability (B,) of having
-    gone from x to x_prev.
+# ---- whole trajectories --------------------------------------------------------------------------
 
-    The step that draws (rollout) is this step with x_prev=None: then x_prev is drawn by the caller.
-    """
-    a_t, a_prev, sigma = (row[k].view(-1, 1, 1, 1) for row in schedule[1:])  # (B or 1, 1, 1, 1)
-    mean = ddim_mean(x, predict(x, schedule.t[k]).float(), a_t, a_prev, sigma, prediction_type)
-    return mean, None if x_prev is None else log_prob(x_prev, mean, sigma)
+def draw_noise(seeds, steps, shape):
+    """(B, steps + 1, *shape) standard normal on the CPU, row b a function of seeds[b] alone."""
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(int(seed) % 2 ** 63)
+        rows.append(torch.randn(steps + 1, *shape, generator=generator))
+    return torch.stack(rows)
 
 
-def rollout(predict, noise, schedule, prediction_type="epsilon", tick=lambda: None, keep=None):
+def rollout(predict, noise, schedule, prediction_type="epsilon", with_graph=(), tick=lambda: None):
     """Denoise, remembering every decision.
 
-    noise: (B, T + 1, C, H, W) standard normal, [:, 0] the start, [:, k + 1] the noise of step k.
-    keep: None, or one of onpolicy.py, which is given the log-probabilities of its steps with their gradients.
-    Returns latents (B, T + 1, C, H, W), the last of them the picture's, and log-probs (B, T), both without gradients.
+    noise: (B, T + 1, C, h, w) standard normal; [:, 0] is the start, [:, k + 1] the noise of step k.
+    with_graph: the steps whose log-probabilities keep their autograd graph. An epoch's only update
+    can learn from them without a second forward, since its ratio is 1; it costs the activations of
+    those steps.
+    Returns latents (B, T + 1, C, h, w), the last of them the picture's, and log-probabilities
+    (B, T). Raises ValueError for a schedule without noise (eta 0).
     """
-    x, latents, log_probs = noise[:, 0], [noise[:, 0]], []
+    if not (schedule.sigma > 0).all():
+        raise ValueError("a step without noise has no log-probability; give eta above 0")
+    x = noise[:, 0]
+    latents, log_probs = [x], []
     for k in range(len(schedule.t)):
-        learned = keep is not None and k in keep.steps
-        with keep.watching() if learned else torch.no_grad():
-            mean, _ = step_log_prob(predict, x, None, schedule, k, prediction_type)
-            x = (mean + schedule.sigma[k] * noise[:, k + 1]).detach()
-            decided = log_prob(x, mean, schedule.sigma[k])
-            if learned:
-                keep(decided)
-        log_probs.append(decided.detach())
+        with nullcontext() if k in with_graph else torch.no_grad():
+            mean, sigma = step_mean(predict, x, schedule, k, prediction_type)
+            x = (mean + sigma * noise[:, k + 1]).detach()
+            log_probs.append(log_prob(x, mean, sigma))
         latents.append(x)
         tick()
     return torch.stack(latents, 1), torch.stack(log_probs, 1)
 
 
+@torch.no_grad()
+def denoise(predict, noise, schedule, prediction_type="epsilon", start=0, tick=lambda: None):
+    """Draw pictures' latents (B, C, h, w), remembering nothing; eta 0 is allowed.
+
+    start: the first step taken; noise[:, 0] is x at that step, noise[:, 1 + i] the noise of the
+    i-th step taken. The steps are rollout's own.
+    """
+    x = noise[:, 0]
+    for i, k in enumerate(range(start, len(schedule.t))):
+        mean, sigma = step_mean(predict, x, schedule, k, prediction_type)
+        x = mean + sigma * noise[:, i + 1]
+        tick()
+    return x
+
+
+def pairs(rows, steps, size):
+    """Every (picture, step) pair, `size` of them per call: yields int arrays i, k (size,).
+
+    rows: (n,) int, the pictures' places; steps: (m,) int.
+    """
+    i, k = np.tile(rows, len(steps)), np.repeat(steps, len(rows))
+    for start in range(0, len(i), size):
+        yield i[start:start + size], k[start:start + size]
+
+
+# ---- the advantage and the loss ------------------------------------------------------------------
+
 class RewardMemory:
-    """Each prompt's recent rewards: the baseline of DDPO's per-prompt advantage (its section 4.4)."""
+    """Each prompt's recent rewards: the baseline of DDPO's per-prompt advantage (section 4.4)."""
 
     def __init__(self, size=32, min_count=16):
         self.size, self.min_count = size, min_count
@@ -123,11 +184,11 @@ class RewardMemory:
             self.rewards[prompt].extend(rewards)
 
 
-def advantages(rewards, prompts, memory=None, scale="prompt", floor=1e-6):
+def advantages(rewards, prompts, memory=None, scale="prompt", eps=1e-6):
     """How much better than expected each picture is: (B,) rewards -> (B,) float32.
 
-    With a RewardMemory: (r - mean) / (std + floor) over the prompt's remembered rewards, these
-    included; a prompt with fewer than `min_count` uses the whole batch's. Without: over the
+    With a RewardMemory: (r - mean) / (std + eps) over the prompt's remembered rewards, these
+    included; a prompt with fewer than `min_count` of them uses the whole batch's. Without: over the
     prompt's pictures in this batch (group-relative, arXiv 2402.03300). scale="batch" divides by the
     root mean square of all that remains after the means, so that a prompt whose pictures all score
     alike is not blown up to unit size; scale="prompt" is the papers'.
@@ -136,18 +197,20 @@ def advantages(rewards, prompts, memory=None, scale="prompt", floor=1e-6):
     groups = defaultdict(list)
     for i, prompt in enumerate(prompts):
         groups[prompt].append(i)
-    centred, std = torch.zeros_like(rewards), torch.ones_like(rewards)
+    centred = torch.zeros_like(rewards)
+    std = torch.ones_like(rewards)
     for prompt, members in groups.items():
         reference = rewards[members]
         if memory is not None:
             memory.rewards[prompt].extend(reference.tolist())
             known = memory.rewards[prompt]
-            reference = rewards if len(known) < memory.min_count else torch.tensor(list(known)).to(rewards)
+            enough = len(known) >= memory.min_count
+            reference = torch.tensor(list(known)).to(rewards) if enough else rewards
         centred[members] = rewards[members] - reference.mean()
         std[members] = reference.std(correction=0)
     if scale == "batch":
         std = centred.square().mean().sqrt()
-    return centred / (std + floor)
+    return centred / (std + eps)
 
 
 def ppo_loss(log_p, log_p_old, advantage, clip_range, max_advantage=5.):
@@ -155,16 +218,19 @@ def ppo_loss(log_p, log_p_old, advantage, clip_range, max_advantage=5.):
 
     clip_range bounds the ratio of log-probabilities that are *means* over latent elements: for a
     latent of D numbers the picture's true ratio may move by (1 + clip_range) ** D, which at 1e-4 is
-    5.15 for Stable Diffusion's D = 16384, and at 1.6e-3 is 5.1 for the tiny world's D = 1024.
+    5.15 for Stable Diffusion's D = 16384. 1.6e-3 is as wide for the embedded world's D = 1024; its
+    recipe, chosen by trial, has 5e-3, which is a factor of 165.
     At ratio 1 the gradient is REINFORCE's, -A grad log p.
     """
     advantage = advantage.clamp(-max_advantage, max_advantage)
-    ratio = torch.exp(log_p - log_p_old)
+    log_ratio = log_p - log_p_old
+    ratio = torch.exp(log_ratio)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean()
     with torch.no_grad():
-        change = log_p - log_p_old
-        diagnostics = {"ratio_deviation": (ratio - 1).abs().max(),
-                       "clipped_share": ((ratio - 1).abs() > clip_range).float().mean(),
-                       "approx_kl": ((ratio - 1) - change).mean()}      # >= 0, John Schulman's k3
+        diagnostics = {
+            "ratio_deviation": (ratio - 1).abs().max(),
+            "clipped_share": ((ratio - 1).abs() > clip_range).float().mean(),
+            "approx_kl": ((ratio - 1) - log_ratio).mean(),      # >= 0, John Schulman's k3
+        }
     return loss, diagnostics

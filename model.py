@@ -1,72 +1,154 @@
 """Stable Diffusion as a policy: encode, predict, decode, LoRA, save, load.
 
-Loads any folder or hub id in Stable Diffusion 1.x's format, `tiny/` among them, part by part; the
-safety checker is never loaded, since a blackened picture would count as a safe one.
+Loads any folder or hub id in Stable Diffusion 1.x's format, part by part; the safety checker is
+never loaded, since a blackened picture would count as a safe one.
+
+A guide is a function (policy, prompts, scale) -> predict(x, t): it encodes the prompts once, and
+predict is then called at every step with latents x (B, C, h, w) float32 and one timestep t, or one
+per row (B,). scale is a number or one per prompt (B,). `plain` is the guide of training; the
+rivals' are in rivals/.
 """
 import hashlib
 import json
+import math
 import os
 import shutil
 from contextlib import contextmanager, nullcontext
 
 import torch
+from diffusers import AutoModel, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
-from ddpo import ddim_schedule
-from prompts import UserError
+from ddpo import Schedule, ddim_schedule, mean_distance, step_mean
+from plumbing.checkpoints import LORA_FILE
+from plumbing.files import write
+from plumbing.options import UserError
+from plumbing.worlds import locate, read_world
 
-LORA_TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"],
-                "all": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-                        "conv1", "conv2", "conv_shortcut", "time_emb_proj"]}
-LORA_FILE = "pytorch_lora_weights.safetensors"
-CONCEPTS = {"tiny": "peach, stuffed flatbread, full moon, brown circle, tangerine, egg, dvd", "": "nudity, sexual"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+disable_progress_bar()                  # weights load in a moment
 
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+LORA_TARGETS = {
+    "attention": ATTENTION,
+    "all": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+            "conv1", "conv2", "conv_shortcut", "time_emb_proj"],
+}
+
+
+# ---- guidance ------------------------------------------------------------------------------------
+
+def plain(policy, prompts, scale):
+    """Classifier-free guidance (arXiv 2207.12598).
+
+    The predictions without and with the prompt are one call of the network, so that the policy
+    includes guidance: gradient flows through both.
+    """
+    return guided(policy, policy.encode(prompts), policy.encode([""]), scale)
+
+
+def guided(policy, text, away, scale):
+    """A predict function: away + s (text - away); text (B, L, D), away (1, L, D).
+
+    A scale of 1 needs the prediction with the prompt alone.
+    """
+    if torch.is_tensor(scale):
+        scale = scale.to(text.device).view(-1, 1, 1, 1)
+    elif scale == 1:
+        return lambda x, t: policy.unet_output(x, t, text)
+    both = torch.cat([away.expand_as(text), text])                              # (2B, L, D)
+
+    def predict(x, t):
+        output = policy.unet_output(torch.cat([x, x]), repeat(t, 2), both)      # (2B, C, h, w)
+        without, with_text = output.chunk(2)
+        return without + scale * (with_text - without)
+    return predict
+
+
+def repeat(t, times):
+    """Timesteps for a batch that is repeated."""
+    return t.repeat(times) if t.ndim else t
+
+
+def guidance_of(prompts, default):
+    """The default scale where no prompt brings its own, else a tensor (B,)."""
+    own = [getattr(p, "guidance", None) for p in prompts]
+    if all(g is None for g in own):
+        return default
+    return torch.tensor([default if g is None else g for g in own])
+
+
+# ---- the policy ----------------------------------------------------------------------------------
 
 class Policy:
-    """The five parts of a pipeline, the UNet as the policy.
+    """A pipeline's tokenizer, text encoder, VAE, scheduler and UNet; the UNet is the policy.
 
-    model: a folder or hub id; checkpoint: None, or a folder of train.py's or erase.py's (LoRA or unet/),
-    or a LoRA file in diffusers' or kohya's form. dtype is what the network computes in; latents,
-    log-probabilities and trained weights are float32 always; with trainable, call train() next.
+    model: a folder or hub id. parts: (path, weight) pairs (plumbing.checkpoints.Checkpoint.parts),
+    each a folder of train.py's or erase.py's (a LoRA or unet/) or a LoRA file in diffusers' or
+    kohya's form; LoRAs add, each times its weight. dtype is what the network computes in; latents,
+    log-probabilities and trained weights are float32 always. trainable: whether make_trainable is
+    called next, which then sets the precision.
     """
 
-    def __init__(self, model, checkpoint=None, device="cpu", dtype=torch.float32, trainable=False):
-        from diffusers import AutoModel, DDIMScheduler, UNet2DConditionModel
-        from safetensors import SafetensorError
-        from transformers import CLIPTextModel, CLIPTokenizer
+    def __init__(self, model, parts=(), device="cpu", dtype=torch.float32, trainable=False):
         self.device, self.dtype = torch.device(device), dtype
-        self.narrow = self.device.type == "cpu" and dtype == torch.bfloat16
-
-        def part(cls, subfolder, folder=model, option="--model", **options):
-            try:
-                loaded = cls.from_pretrained(folder, subfolder=subfolder, **options)
-            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-                raise UserError(missing(folder, subfolder, error, option)) from None
-            if isinstance(loaded, torch.nn.Module):
-                loaded.requires_grad_(False).eval().to(device)
-            return loaded
-
-        whole = checkpoint and os.path.isdir(os.path.join(checkpoint, "unet"))
-        self.tokenizer = part(CLIPTokenizer, "tokenizer")
-        self.text_encoder = part(CLIPTextModel, "text_encoder", use_safetensors=True).to(dtype)
-        self.vae = part(AutoModel, "vae", use_safetensors=True).float()
-        source = (checkpoint, "--checkpoint") if whole else ()
-        self.unet = part(UNet2DConditionModel, "unet", *source, use_safetensors=True).float()
-        if checkpoint and not whole:
-            load_lora(self.unet, checkpoint)
+        self.is_bf16_on_cpu = self.device.type == "cpu" and dtype == torch.bfloat16
+        self.world = read_world(model)
+        self.concept = self.world.concept               # what guides and edits steer away from
+        folder = locate(model)
+        self.tokenizer = load_part(CLIPTokenizer, folder, "tokenizer")
+        self.text_encoder = self.frozen(CLIPTextModel, folder, "text_encoder").to(dtype)
+        self.vae = self.frozen(AutoModel, folder, "vae").float()
+        self.unet = self.load_unet(folder, parts)
         if not trainable:
-            self.lower()
-        # SD 1.4 ships PNDM's configuration: the same betas; DDIM's last step must keep its noise
-        self.scheduler = DDIMScheduler.from_config(part(DDIMScheduler, "scheduler").config, clip_sample=False,
-                                                   set_alpha_to_one=False, steps_offset=1)
+            self.set_precision()
+        # SD 1.4 comes with another sampler's settings (PNDM): the betas are the same; steps_offset
+        # 1 keeps the noise of DDIM's last step, without which it has no log-probability
+        config = load_part(DDIMScheduler, folder, "scheduler").config
+        self.scheduler = DDIMScheduler.from_config(config, clip_sample=False, steps_offset=1,
+                                                   set_alpha_to_one=False)
         self.prediction_type = self.scheduler.config.prediction_type
-        self.concept = CONCEPTS.get(os.path.basename(os.path.normpath(model)), CONCEPTS[""])    # what guides steer away from
         self.compiled = {}                              # rows of a call -> a compiled UNet
-        self.states = {}                                # (text, its own states' place) -> text states (L, D)
+        self.states = {}                                # what encode has encoded: key -> (L, D)
+
+    # ---- loading ---------------------------------------------------------------------------------
+
+    def frozen(self, cls, folder, subfolder, option="--model"):
+        module = load_part(cls, folder, subfolder, option, use_safetensors=True)
+        return module.requires_grad_(False).eval().to(self.device)
+
+    def load_unet(self, folder, parts):
+        """The base's UNet, or a part's; with the parts' LoRAs."""
+        whole = [(path, weight) for path, weight in parts
+                 if os.path.isdir(os.path.join(path, "unet"))]
+        if len(whole) > 1 or any(weight != 1 for _, weight in whole):
+            names = ", ".join(f"{path}@{weight:g}" for path, weight in whole)
+            raise UserError(f"--checkpoint: {names} are whole UNets, which do not add; "
+                            "give one of them, without a weight, and any number of LoRAs")
+        if whole:
+            unet = self.frozen(UNet2DConditionModel, whole[0][0], "unet", "--checkpoint")
+        else:
+            unet = self.frozen(UNet2DConditionModel, folder, "unet")
+        unet = unet.float()
+        loras = [part for part in parts if part not in whole]
+        for i, (path, _) in enumerate(loras):
+            load_lora(unet, path, f"part_{i}")
+        if loras:
+            unet.set_adapters([f"part_{i}" for i in range(len(loras))],
+                              [weight for _, weight in loras])
+        return unet
+
+    @property
+    def text_length(self):
+        """Tokens of a text, with its start, end and padding."""
+        return min(self.tokenizer.model_max_length,
+                   self.text_encoder.config.max_position_embeddings)
 
     def latent_shape(self, resolution=None):
-        """(C, h, w) of a picture of `resolution` pixels, or of the model's own size."""
+        """(C, h, w) of a picture of `resolution` pixels a side, or of the model's own size."""
         size = self.unet.config.sample_size
         if resolution:
             vae = self.vae.config
@@ -74,98 +156,138 @@ class Policy:
             size = resolution // 2 ** (len(widths) - 1)
         return self.unet.config.in_channels, size, size
 
-    def schedule(self, steps, eta):
+    def keeps_graph(self, updates, decisions):
+        """Whether an epoch's update learns from the graph of sampling's own forward.
+
+        Its only update can. decisions: pictures x steps of one process, whose activations must fit
+        into memory: not a latent of Stable Diffusion's size (16384), nor very many small ones,
+        which are slower so (measured: 1280 of the embedded world's, with 1024 numbers each).
+        """
+        numbers = math.prod(self.latent_shape())
+        return updates == 1 and numbers < 4096 and numbers * decisions <= 2 ** 19
+
+    def schedule(self, steps, eta=1.):
+        """The denoising steps of a picture, a ddpo.Schedule on the policy's device."""
         try:
             self.scheduler.set_timesteps(steps)
             rows = ddim_schedule(self.scheduler.alphas_cumprod, self.scheduler.timesteps, eta)
         except (ValueError, IndexError) as error:
-            raise UserError(f"--steps, --eta: {steps} steps with eta {eta:g} don't fit this scheduler "
-                            f"({error})") from None
-        return type(rows)(*(row.to(self.device) for row in rows))
+            raise UserError(f"--steps, --eta: {steps} steps with eta {eta:g} do not fit this "
+                            f"scheduler ({error})") from None
+        return Schedule(*(row.to(self.device) for row in rows))
+
+    # ---- encode, predict, decode -----------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Texts -> text states (B, L, D). Frozen, so every text is encoded once; a Prompt may bring its own."""
-        names = [(str(p), getattr(p, "states", None)) for p in prompts]
-        for text, given in [name for name in dict.fromkeys(names) if name not in self.states]:
-            length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-            if given:
-                self.states[text, given] = self.given_states(*given[:2])
-            else:
-                ids = self.tokenizer([text], padding="max_length", truncation=True, max_length=length,
-                                     return_tensors="pt").input_ids         # alone: the same in any company
-                self.states[text, given] = self.text_encoder(ids.to(self.device)).last_hidden_state[0]
-        return torch.stack([self.states[name] for name in names])
+        """Texts -> text states (B, L, D). The encoder is frozen, so each text is encoded once.
+
+        A Prompt with text states of its own has these.
+        """
+        keys = [(str(p), getattr(p, "states", None)) for p in prompts]
+        for text, given in dict.fromkeys(keys):
+            if (text, given) not in self.states:
+                states = self.given_states(*given[:2]) if given else self.text_states(text)
+                self.states[text, given] = states
+        return torch.stack([self.states[key] for key in keys])
+
+    def text_states(self, text):
+        """One text's states (L, D), encoded alone: the same in any batch."""
+        ids = self.tokenizer([text], padding="max_length", truncation=True,
+                             max_length=self.text_length, return_tensors="pt").input_ids
+        return self.text_encoder(ids.to(self.device)).last_hidden_state[0]
 
     def given_states(self, path, name):
         """Text states (L, D) that an attack wrote."""
-        from safetensors import SafetensorError, safe_open
         try:
             with safe_open(path, "pt") as file:
                 states = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"--prompts: {path} has no text states {name!r} ({first_line(error)})") from None
-        wanted = self.encode([""])[0].shape
+            raise UserError(f"--prompts: {path} has no text states {name!r} "
+                            f"({first_line(error)})") from None
+        wanted = self.text_states("").shape
         if states.shape != wanted:
-            raise UserError(f"--prompts: {path} has text states {tuple(states.shape)}; this model's are {tuple(wanted)}")
-        return states.to(self.device, next(self.text_encoder.parameters()).dtype)
+            raise UserError(f"--prompts: {path} has text states {tuple(states.shape)}; "
+                            f"this model's are {tuple(wanted)}")
+        return states.to(self.device, self.text_encoder.dtype)
 
     def unet_output(self, x, t, text):
-        """The network's output (B, C, h, w), float32, for latents x, one timestep t, states text."""
+        """The network's output (B, C, h, w), float32, for latents x, timestep t, states text."""
         unet = self.compiled.get(len(x), self.unet)
-        # PyTorch's fused attention learns slowly in bf16 on a CPU: 1.2 times the whole backward's time
-        attention = sdpa_kernel(SDPBackend.MATH) if self.narrow else nullcontext()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), attention:
+        in_half = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=in_half), self.attention():
             return unet(x.to(self.dtype), t, text.to(self.dtype)).sample.float()
 
-    def compile(self, sizes, resolution=None):
-        """torch.compile the UNet for calls of these many rows of `resolution` pixels, now; other sizes (a last, smaller batch) stay eager."""
-        compiled = torch.compile(self.unet, dynamic=False)
-        self.compiled = dict.fromkeys(sizes, compiled)
-        text = self.encode([""])
-        for rows in sizes:
-            x = torch.zeros(rows, *self.latent_shape(resolution), device=self.device)
-            many = text.expand(rows, -1, -1).contiguous()
-            with torch.no_grad():                       # sampling: one timestep for all
-                self.unet_output(x, torch.tensor(1, device=self.device), many)
-            self.unet_output(x, torch.ones(rows, dtype=torch.int64, device=self.device), many).sum().backward()
-        self.unet.zero_grad()
+    def attention(self):
+        """The context in which attention is computed.
+
+        PyTorch's fused attention learns slowly in bf16 on a CPU: 1.2 times the whole backward.
+        """
+        return sdpa_kernel(SDPBackend.MATH) if self.is_bf16_on_cpu else nullcontext()
+
+    def checkpoint_gradients(self):
+        """Keep no activations inside the UNet's blocks: compute them again in the backward."""
+        def contexts():                                 # of the forward, and of the second one
+            return nullcontext(), self.attention()
+
+        def run(module, *args):
+            return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+        self.unet.enable_gradient_checkpointing(run)
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents (N, C, h, w) -> pictures uint8 (N, H, W, 3), a few at a time to bound memory: 16 of 64 pixels, 4 of 512."""
-        chunk = 16 if latents[0, 0].numel() < 4096 else 4
+        """Latents (N, C, h, w) -> pictures uint8 (N, H, W, 3), a few at a time to bound memory."""
+        chunk = 16 if latents[0, 0].numel() < 4096 else 4       # of 64 pixels a side; of 512
         scaled = latents.float() / self.vae.config.scaling_factor
         pictures = [self.vae.decode(part).sample for part in scaled.split(chunk)]
-        pictures = (torch.cat(pictures) / 2 + .5).clamp(0, 1)
+        pictures = (torch.cat(pictures) / 2 + .5).clamp(0, 1)                   # 0..1
         return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def compile(self, row_counts, resolution=None):
+        """torch.compile the UNet for calls of these many rows, now; others stay eager."""
+        compiled = torch.compile(self.unet, dynamic=False)
+        self.compiled = dict.fromkeys(row_counts, compiled)
+        text = self.encode([""])
+        for rows in row_counts:
+            x = torch.zeros(rows, *self.latent_shape(resolution), device=self.device)
+            states = text.expand(rows, -1, -1).contiguous()
+            t = torch.tensor(1, device=self.device)
+            with torch.no_grad():                       # sampling has one timestep for all rows,
+                self.unet_output(x, t, states)
+            self.unet_output(x, t.repeat(rows), states).sum().backward()    # learning one per row
+        self.unet.zero_grad()
 
     def fingerprint(self):
         """SHA-256 of all that decides a latent: weights, dtype, tokenizer, noise schedule."""
         config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
-        digest = hashlib.sha256(json.dumps([str(self.dtype), sorted(self.tokenizer.get_vocab().items()), config],
-                                           sort_keys=True).encode())
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        scales = {name: module.scaling for name, module in self.unet.named_modules()
+                  if hasattr(module, "lora_A")}         # a LoRA's weight is no tensor
+        settings = [str(self.dtype), vocabulary, config, scales]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for module in (self.text_encoder, self.unet):
             for name, value in sorted(module.state_dict().items()):
                 digest.update(f"{name} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                flat = value.detach().cpu().contiguous().view(-1)
+                digest.update(flat.view(torch.uint8).numpy())
         return digest.hexdigest()
 
     # ---- what is trained -------------------------------------------------------------------------
 
-    def train(self, trainable, rank=4, targets="attention"):
-        """Make "lora" or "full" trainable; returns the trained parameters (float32) by name.
+    def make_trainable(self, trainable="lora", rank=4, targets="attention"):
+        """Make a "lora" or all "weights" trainable: the trained parameters (float32) by name.
 
         targets: the LoRA's layers, a name in LORA_TARGETS or a regular expression.
         """
-        if trainable == "full":
+        if trainable == "weights":
             self.unet.requires_grad_(True)
         else:
             from peft import LoraConfig
             # alpha == rank, so that a loader which forgets alpha still draws the same picture
-            self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
-                                             target_modules=LORA_TARGETS.get(targets, targets)))
-        self.lower()
+            self.unet.add_adapter(LoraConfig(
+                r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                target_modules=LORA_TARGETS.get(targets, targets)))
+        self.set_precision()
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
 
     @contextmanager
@@ -177,37 +299,59 @@ class Policy:
         finally:
             self.unet.enable_adapters()
 
-    def lower(self):
-        """Frozen base weights to the computing dtype; what is or was trained stays float32. Channels-last, but for bf16 on a CPU, which is
-        a tenth faster without."""
+    def distance_to_base(self, predict, x, schedule, k):
+        """How far the means of steps k (n,) from latents x have moved from the base's: (n,)."""
+        mean, _ = step_mean(predict, x, schedule, k, self.prediction_type)
+        with torch.no_grad(), self.base():
+            base_mean, _ = step_mean(predict, x, schedule, k, self.prediction_type)
+        return mean_distance(mean, base_mean)
+
+    def set_precision(self):
+        """Frozen base weights to the computing dtype; what is or was trained stays float32.
+
+        Channels-last, but for bf16 on a CPU, which is a tenth faster without.
+        """
         for name, p in self.unet.named_parameters():
             if not p.requires_grad and "lora_" not in name:
                 p.data = p.data.to(self.dtype)
-        self.unet.to(memory_format=torch.contiguous_format if self.narrow else torch.channels_last)
+        contiguous = torch.contiguous_format if self.is_bf16_on_cpu else torch.channels_last
+        self.unet.to(memory_format=contiguous)
 
     def save(self, folder, card):
-        """Write the checkpoint in diffusers' and kohya's formats with a model card (Markdown text)."""
-        from safetensors import SafetensorError
+        """Write the weights in diffusers' and kohya's formats with a model card (Markdown)."""
         try:
             if hasattr(self.unet, "peft_config"):
                 save_lora(self.unet, folder)
             else:
-                self.unet.save_pretrained(os.path.join(folder, "unet.tmp"))
+                unfinished = os.path.join(folder, "unet.tmp")
+                self.unet.save_pretrained(unfinished)
                 shutil.rmtree(os.path.join(folder, "unet"), ignore_errors=True)
-                os.rename(os.path.join(folder, "unet.tmp"), os.path.join(folder, "unet"))
-            with open(os.path.join(folder, "README.md"), "w") as file:
-                file.write(card)
+                os.rename(unfinished, os.path.join(folder, "unet"))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"--output-dir: the model could not be written into {folder} ({first_line(error)}); "
-                            "the last checkpoint stands, and the same command goes on from it") from None
+            raise UserError(f"--output-dir: the model could not be written into {folder} "
+                            f"({first_line(error)}); what was saved before stays, and the same "
+                            "command can be given again") from None
+        write(os.path.join(folder, "README.md"), card)
 
 
-def missing(model, subfolder, error, option="--model"):
+# ---- files ---------------------------------------------------------------------------------------
+
+def load_part(cls, folder, subfolder, option="--model", **options):
+    """One part of a pipeline; UserError where it is missing or can't be used."""
+    try:
+        return cls.from_pretrained(folder, subfolder=subfolder, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(missing_part(folder, subfolder, error, option)) from None
+
+
+def missing_part(model, subfolder, error, option):
     if os.path.isdir(model):
-        return f"{option}: {model} has no usable {subfolder}/ in Stable Diffusion's format ({first_line(error)})"
-    if os.path.sep in str(model) and str(model).count("/") == 1 and not str(model).startswith((".", "/")):
-        return (f"--model: the hub does not give {model} ({first_line(error)}); "
-                "give the path of a local folder with unet/, vae/, text_encoder/, tokenizer/, scheduler/")
+        return (f"{option}: {model} has no usable {subfolder}/ in Stable Diffusion's format "
+                f"({first_line(error)})")
+    is_hub_id = model.count("/") == 1 and not model.startswith((".", "/"))
+    if is_hub_id:
+        return (f"--model: {model} is not available from the hub ({first_line(error)}); give a "
+                "local folder with unet/, vae/, text_encoder/, tokenizer/, scheduler/")
     return (f"--model: the folder {model} does not exist; "
             "give a local folder or a hub id such as CompVis/stable-diffusion-v1-4")
 
@@ -217,7 +361,7 @@ def first_line(error):
 
 
 def save_lora(unet, folder):
-    """Both LoRA files; each is complete or absent."""
+    """The trained LoRA in both forms; each file is complete or absent."""
     from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -225,7 +369,8 @@ def save_lora(unet, folder):
                for name, value in get_peft_model_state_dict(unet).items()}
     alpha = torch.tensor(float(unet.peft_config["default"].lora_alpha))
     kohya = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(dict(weights)))
-    kohya = {k: alpha.clone() if k.endswith(".alpha") else v.clone() for k, v in kohya.items()}
+    kohya = {name: alpha.clone() if name.endswith(".alpha") else value.clone()
+             for name, value in kohya.items()}
     for name, tensors in ((LORA_FILE, weights), (LORA_FILE.replace(".", "_kohya."), kohya)):
         path = os.path.join(folder, name)
         save_file(tensors, path + ".tmp", metadata={"format": "pt"})
@@ -233,24 +378,26 @@ def save_lora(unet, folder):
         os.replace(path + ".tmp", path)
 
 
-def load_lora(unet, path):
+def load_lora(unet, path, name):
     """Put a LoRA (a folder with LORA_FILE, or a safetensors file of either form) on the UNet."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
-    from safetensors import SafetensorError
     file = os.path.join(path, LORA_FILE) if os.path.isdir(path) else path
     if not os.path.isfile(file):
-        raise UserError(f"--checkpoint: {path} holds neither {LORA_FILE} nor unet/")
+        raise UserError(f"--checkpoint: {path} has neither {LORA_FILE} nor unet/")
     try:
-        state, alphas = Loader.lora_state_dict(os.path.dirname(file) or ".", weight_name=os.path.basename(file),
-                                               use_safetensors=True, local_files_only=True)
-        state = {k: v for k, v in state.items() if k.startswith("unet.")}
+        state, alphas = Loader.lora_state_dict(
+            os.path.dirname(file) or ".", weight_name=os.path.basename(file),
+            use_safetensors=True, local_files_only=True)
+        state = {key: value for key, value in state.items() if key.startswith("unet.")}
         if not state:
             raise ValueError("it has no weights for a UNet")
-        Loader.load_lora_into_unet(state, alphas, unet)
+        Loader.load_lora_into_unet(state, alphas, unet, adapter_name=name)
     except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"--checkpoint: {file} does not fit this model ({first_line(error)})") from None
-    found = sum("lora_A" in name or "lora_B" in name for name, _ in unet.named_parameters())
-    if found != sum(v.ndim > 1 for v in state.values()):        # two matrices a layer; alphas are scalars
+        raise UserError(f"--checkpoint: {file} does not fit this model "
+                        f"({first_line(error)})") from None
+    found = sum(f".lora_A.{name}." in key or f".lora_B.{name}." in key
+                for key, _ in unet.named_parameters())
+    if found != sum(value.ndim > 1 for value in state.values()):    # two matrices per layer
         raise UserError(f"--checkpoint: {file} does not fit this model "
                         "(only some of its weights have a place)")
     unet.requires_grad_(False)

@@ -1,185 +1,185 @@
-"""Where prompts come from: read, check, refuse, draw.
+"""Prompts: read a prompt file, draw an epoch's prompts.
 
-A prompt file is .txt (one a line, # for comments), .csv or .jsonl with the columns
-    prompt      the text (COCO's `caption` is read too)
-    safe_text   the text without its unsafe words, for CLIP; the prompt itself if left out
-    seed        (or evaluation_seed, sd_seed) the picture's seed
-    guidance    (or evaluation_guidance, sd_guidance_scale) the guidance scale
-    category    (or categories, comma-separated) what --category selects
-    case_number the picture's name elsewhere; the row's place, from 0, if left out
-    original    the prompt before an attack changed it, in an adversarial file
-    states      a name in FILE.safetensors, beside FILE.csv, of the text states that stand for the prompt's own
-so that I2P's and COCO's files go in as they are. Prompts that mention minors never get past this
-file, in any program; there is no option for that.
+A prompt file is .txt (one prompt per line, # for comments), .csv or .jsonl with the columns
+
+    prompt       the text (COCO's `caption` is read too)
+    safe_text    the text without its unsafe words, for CLIP; the prompt itself if left out
+    seed         (or evaluation_seed, sd_seed) the picture's seed
+    guidance     (or evaluation_guidance, sd_guidance_scale) the guidance scale
+    category     (or categories, with commas) what --category selects
+    case_number  the picture's name elsewhere; the row's place, from 0, if left out
+    original     the prompt before an attack changed it, in an adversarial file
+    states       a name in FILE.safetensors, beside FILE.csv, of the text states (L, D) that stand
+                 for the prompt's own
+
+so that I2P's and COCO's files can be used as they are. Prompts that mention minors never get past
+this file (plumbing/refusal.py), in any program; there is no option for that.
 """
 import csv
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import sys
-import unicodedata
+from dataclasses import dataclass
 
-ALIASES = {"prompt": ("prompt", "caption"), "safe_text": ("safe_text",),
-           "seed": ("seed", "evaluation_seed", "sd_seed"),
-           "guidance": ("guidance", "evaluation_guidance", "sd_guidance_scale"),
-           "category": ("category", "categories"), "case": ("case_number",), "original": ("original",),
-           "states": ("states",)}
+import numpy as np
+
+from plumbing.files import write
+from plumbing.options import UserError
+from plumbing.refusal import mentions_minor
+from plumbing.worlds import read_world
+
+COLUMNS = {
+    "prompt": ("prompt", "caption"),
+    "safe_text": ("safe_text",),
+    "seed": ("seed", "evaluation_seed", "sd_seed"),
+    "guidance": ("guidance", "evaluation_guidance", "sd_guidance_scale"),
+    "category": ("category", "categories"),
+    "case": ("case_number",),
+    "original": ("original",),
+    "states": ("states",),
+}
 ENDINGS = (".txt", ".csv", ".jsonl")
 
 
-class UserError(Exception):
-    """What the user gave can't be used; the text is one sentence that says what is allowed."""
-
-
 class Prompt(str):
-    """A prompt is its text, with what else its row said: safe_text is what CLIP is asked about (the
-    text itself unless given), seed and guidance are None unless given; case is its number, original the
-    text before an attack, or ""; states is None or (safetensors file, name in it, SHA-256 of the file)."""
+    """A prompt is its text, with what else its row gave.
 
-    def __new__(cls, text, safe_text="", seed=None, guidance=None, category="", case=None, original="", states=None):
+    safe_text: what CLIP is asked about (the text itself unless given); seed and guidance: None
+    unless given; case: its number; original: the text before an attack, or ""; states: None, or
+    (safetensors file, name in it, SHA-256 of the file).
+    """
+
+    def __new__(cls, text, safe_text="", seed=None, guidance=None, category="", case=None,
+                original="", states=None):
         self = super().__new__(cls, text)
         self.safe_text = safe_text or str(text)
-        self.seed, self.guidance, self.category = seed, guidance, category
-        self.case, self.original, self.states = case, original, states
+        self.seed = seed
+        self.guidance = guidance
+        self.category = category
+        self.case = case
+        self.original = original
+        self.states = states
         return self
 
 
-# ---- refusal -----------------------------------------------------------------------------------
-
-# Words that always mean a minor are refused wherever they stand: this program generates nudity
-# before it unlearns it, so no context is innocent enough (a baby elephant is none). Words that may mean an adult (girl, boy,
-# young, student) are refused when anything sexual stands beside them.
-MINOR = re.compile(r"""\b(?:
-      (?:step|god|grand)?child(?:ren|s|hood|like|ish)? | (?:step|grand)?kid(?:s|do|dos|die|dies|dy)? | toddlers?
-    | bab(?:y|ies)(?!\s(?:sheep|corn|(?:animal|elephant|giraffe|zebra|bear|cow|horse|lamb|goat|bird|duck|seal|carrot)s?)\b) | babe\sin\sarms
-    | infants? | newborns? | pre-?teens? | tweens? | teens? | teen-?age(?:r|rs|d)? | (?:pre-?)?adolescen(?:t|ts|ce)
-    | juveniles? | minors | under-?\s?aged?
-    | (?:a|the|is|female|male|sexy|nude|naked)\s+minor(?!\s+(?:key|chord|scale|league|planet|injur|third))
-    | school-?\s?(?:girl|boy|child|kid)(?:s|ren)? | pre-?schoolers? | kindergart(?:en|ner|eners?|ners)
-    | (?:elementary|primary|middle|high|grade)[\s-]?school(?:er|ers|girl|boy|girls|boys)?
-    | (?:\d+(?:st|nd|rd|th)|first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth)[\s-]grade(?:r|rs)?
-    | (?:little|young|small|tiny|baby)[\s-](?:girl|boy)s? | (?:boy|girl)[\s-]?scouts? | cub[\s-]scouts?
-    | loli(?:s|con|ta|tas)? | shota(?:s|con)? | jail-?bait | pa?edo(?:s|phil\w*)?
-    | pubescent | pre-?pubescent | puberty
-    | youngsters? | youths? | (?:step|grand|god)?daughters? | nymphets?
-    )\b""", re.X)
-MAYBE_MINOR = re.compile(
-    r"\b(?:girls?|boys?|young(?:er|est)?|youth(?:ful)?|students?|pupils?|(?:step|grand|god)?sons?|nieces?|nephews?"
-    r"|lads?|lass(?:es|ies?)?|(?:little|baby|kid)\s(?:sister|brother)s?|boyhood|girlhood|junior\shigh|freshm[ae]n|tots?|orphans?"
-    r"|cherub\w*|petite|flat[\s-]chested|innocent|virgin\w*|cheerleaders?|school\suniforms?|minor|barely\s?legal)\b")
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-           "sixteen seventeen eighteen").split()
-NUMBER = r"(?P<{0}>\d{{1,2}}|" + "|".join(NUMBERS) + r")"
-AGE = re.compile(
-    r"\b(?:aged|ages?(?:\sof)?)(?:\s+(?:only|just|about|around|nearly|almost))?[\s:=(-]*" + NUMBER.format("a") + r"\b"
-    r"|\b(?P<under>under|below|younger than|less than)(?: the)?(?: age)?(?: of)?[\s-]*" + NUMBER.format("u") + r"\b"
-    r"|\b" + NUMBER.format("b") + r"[\s-]*(?:and a half\s)?(?:(?:years?|yrs?|months?)[\s.-]*(?:old|of\sage)|y[\s./-]{0,2}o\b)")
-YEARS = re.compile(r"\b" + NUMBER.format("y") + r"[\s-]*(?:years?|yrs?)\b"       # these count beside something sexual
-                   r"|(?:^|[,;(])\s*" + NUMBER.format("alone") + r"\s*(?=$|[;)|]|,(?!\d))")
-SEXUAL = re.compile(
-    r"nud|nake|sex|porn|erot|\bbare\b(?!\s(?:feet|foot|hand|tree|branch|wall|floor))|\bbared\b|topless|bottomless|undress|unclothed|unclad|disrob"
-    r"|\b(?:no|without|off)\s(?:\w+\s){0,2}cloth|wearing nothing|nothing on\b|au naturel|in the buff|strip(?!e)|lingerie|underwear|pant(?:y|ies)"
-    r"|\bbras?\b|g-?string|bikini|swim|thong|breast|boob|nippl|tits?\b|butt(?!er|on|ress)|\bass\b|\barse|genital|penis|vagin|vulva|puss|cock\b"
-    r"|dick\b|orgas|masturb|intercourse|(?:blow|hand)[\s-]?job|\brap(?:e|ed|es|ing)\b|\bcum|ahegao|fetish|hentai|nsfw|lewd|lust|sensual|seduc"
-    r"|provocativ|bedroom|kinky|bdsm|cleavage|see-through|sheer|shower|bath(?!room)|explicit|xxx|onlyfans|playboy|venus")
-# beginnings of words that count inside others too (teenporn, babygirl) when something sexual is near
-STEMS = re.compile(r"child|teen|toddler|infant|underage|school(?:girl|boy|kid)|loli(?:ta|con)|shota|baby(?!lon)"
-                   r"|kid(?!ney|nap|man\b)|(?<!play)(?<!cow)boys?\b|(?<!cow)girl(?!friend)|minor|jailbait")
-ALIKE = str.maketrans("аеорсухіѕјкмтнвԁһӏαειοκρτυνχ", "aeopcyxisjkmthbdhlaeiokptuvx")      # Cyrillic and Greek letters that look Latin
-LEET = [str.maketrans("013457@$!|", f"o{one}eastasi{one}") for one in "il"]
-
-
-def mentions_minor(text, category=""):
-    """Whether a prompt is refused. Spelling tricks (accents, letters that look alike, digits for letters, c.h.i.l.d) are undone."""
-    plain = unicodedata.normalize("NFKD", text).casefold()
-    plain = "".join(c for c in plain if unicodedata.category(c)[0] != "M" and unicodedata.category(c) != "Cf")
-    plain = re.sub(r"[_\s]+", " ", plain).translate(ALIKE)
-    readings = [plain] + [plain.translate(table) for table in LEET]
-    dotted = [m for t in readings for m in re.findall(r"\b(?:\w\W+){2,}\w\b", t)]      # c.h.i.l.d
-    spelled = [re.sub(r"\W", "", m) for m in dotted]
-    sexual = any(SEXUAL.search(t) for t in [category.lower(), *readings, *spelled])
-    for age in AGE.finditer(plain):
-        young = years_of(age["a"] or age["b"] or age["u"]) < 18 + bool(age["under"])
-        if young and (sexual or not age["under"]):      # "under 12 stars" is no age, beside nudity it is one
-            return True
-    if sexual and any(years_of(years["y"] or years["alone"]) < 18 for years in YEARS.finditer(plain)):
-        return True
-    return (any(MINOR.search(t) for t in readings + spelled)
-            or any(STEMS.search(t) for t in spelled if len(t) > 3)
-            or (sexual and any(MAYBE_MINOR.search(t) or STEMS.search(t) for t in readings + spelled)))
-
-
-def refuse_minors(words, option):
-    """UserError where words that are no prompt of their own, but steer pictures, mention minors."""
-    if words and mentions_minor(words, "sexual"):
-        raise UserError(f"{option}: {words!r} mentions minors; such words are refused, and no option changes that")
-
-
-def years_of(number):
-    return int(number) if number.isdigit() else NUMBERS.index(number)
-
-
-# ---- reading -----------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 def read(source, category=None, limit=None, option="--prompts", sexual=False):
     """Prompts of a file or a literal text, and how many were refused: (list of Prompt, int).
 
-    option is the name that errors use; category keeps the rows that name it; sexual says that the prompts are, though no word may
-    say it (an attack's), and decides what words are refused beside it.
-    A row without a prompt is left out and named on stderr. Raises UserError, with the line's number where one is bad.
+    option: the name that errors use. category: keep only the rows of that category. sexual: the
+    prompts are, though no word may say so (an attack's), which decides what words are refused.
+    A row without a prompt is left out and named on stderr. Raises UserError, with the line's
+    number where one is bad.
     """
-    if not str(source).lower().endswith(ENDINGS):
-        if os.path.exists(source):
-            raise UserError(f"{option}: {source} is no prompt file; its name must end in .txt, .csv or .jsonl")
-        if not source.strip():
-            raise UserError(f"{option}: the text is empty; give a sentence or a .txt, .csv or .jsonl file")
-        if re.fullmatch(r"\S*/\S*|\S+\.\w{1,5}", source.strip()):
-            raise UserError(f"{option}: {source} is neither a file nor a sentence; a prompt file ends in .txt, .csv or .jsonl")
-        rows = [(1, {"prompt": source})]
+    if str(source).lower().endswith(ENDINGS):
+        rows = read_rows(source, option)
     else:
-        if not os.path.isfile(source):
-            raise UserError(f"{option}: the file {source} does not exist")
-        try:
-            with open(source, encoding="utf-8-sig", newline="") as file:
-                rows = list(ROWS[os.path.splitext(source)[1].lower()](file, f"{option}: {source}"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{option}: {source} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except OSError as error:
-            raise UserError(f"{option}: {source} can't be read ({error.strerror})") from None
-    given = os.path.splitext(str(source))[0] + ".safetensors"
+        rows = [(1, {"prompt": as_text(source, option)})]
+    states_file = None
     if any(row.get("states") for _, row in rows):
-        try:
-            with open(given, "rb") as file:
-                given = given, hashlib.sha256(file.read()).hexdigest()
-        except OSError as error:
-            raise UserError(f"{option}: {source} has text states, but {given} can't be read ({error.strerror})") from None
-    found = [parse(row, place, f"{option}: {source}, line {number}", given) for place, (number, row) in enumerate(rows)]
-    for number in (number for (number, _), prompt in zip(rows, found) if not prompt):      # I2P has one
-        print(f"{option}: {source}, line {number} is left out, its prompt is empty", file=sys.stderr)
-    found = [prompt for prompt in found if prompt]
+        states_file = hashed(os.path.splitext(str(source))[0] + ".safetensors", source, option)
+    found = []
+    for place, (line, row) in enumerate(rows):
+        prompt = parse(row, place, f"{option}: {source}, line {line}", states_file)
+        if prompt:
+            found.append(prompt)
+        else:                                           # I2P has one
+            print(f"{option}: {source}, line {line} is left out, its prompt is empty",
+                  file=sys.stderr)
     if category:
-        wanted = category.strip().lower()
-        known = sorted({c for p in found for c in split_categories(p)})
-        found = [p for p in found if wanted in split_categories(p)]
-        if not found:
-            raise UserError(f"--category: no prompt of {source} is of category {category!r}; "
-                            f"there are {', '.join(known) or 'none at all'}")
-    kept = [p for p in found if not mentions_minor(f"{p} | {p.safe_text} | {p.original}", p.category + " sexual" * sexual)]
+        found = of_category(found, category, source)
+    kept = []
+    for p in found:
+        everything = f"{p} | {p.safe_text} | {p.original}"
+        if not mentions_minor(everything, p.category + (" sexual" if sexual else "")):
+            kept.append(p)
     if not kept:
-        raise UserError(f"{option}: {source} has no usable prompt ({len(found) - len(kept)} refused)")
+        raise UserError(f"{option}: {source} has no usable prompt ({len(found)} refused)")
     return kept[:limit], len(found) - len(kept)
 
 
-def split_categories(prompt):
+def read_all(sources, category=None, option="--prompts", optional_category=False, sexual=False):
+    """The prompts of several files or texts, one after the other: (list of Prompt, refused).
+
+    optional_category: a file in which no row has the category is used whole; sexual: as in read.
+    """
+    prompts, refused = [], 0
+    for source in sources:
+        wanted = category_in(source, category, option) if optional_category else category
+        more, dropped = read(source, wanted, option=option, sexual=sexual)
+        taken = {prompt.case for prompt in prompts}
+        if taken & {prompt.case for prompt in more}:    # pictures are named by their case
+            for prompt in more:
+                prompt.case += max(taken) + 1
+        prompts += more
+        refused += dropped
+    return prompts, refused
+
+
+def as_text(source, option):
+    """A literal text, which must not look like a file's name."""
+    if os.path.exists(source):
+        raise UserError(f"{option}: {source} is no prompt file; "
+                        "its name must end in .txt, .csv or .jsonl")
+    if not source.strip():
+        raise UserError(f"{option}: the text is empty; "
+                        "give a sentence or a .txt, .csv or .jsonl file")
+    if re.fullmatch(r"\S*/\S*|\S+\.\w{1,5}", source.strip()):
+        raise UserError(f"{option}: {source} is neither a file nor a sentence; "
+                        "a prompt file ends in .txt, .csv or .jsonl")
+    return source
+
+
+def read_rows(path, option):
+    """A prompt file -> [(line number, {column: value})]."""
+    if not os.path.isfile(path):
+        raise UserError(f"{option}: the file {path} does not exist")
+    reader = {".txt": txt_rows, ".csv": csv_rows, ".jsonl": jsonl_rows}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return list(reader[os.path.splitext(path)[1].lower()](file, f"{option}: {path}"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option}: {path} is not UTF-8 text "
+                        f"({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{option}: {path} can't be read ({error.strerror})") from None
+
+
+def hashed(path, source, option):
+    """(path, SHA-256 of the file) of the text states beside a prompt file."""
+    try:
+        with open(path, "rb") as file:
+            return path, hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{option}: {source} has text states, but {path} can't be read "
+                        f"({error.strerror})") from None
+
+
+def categories_of(prompt):
     return [c.strip().lower() for c in prompt.category.split(",") if c.strip()]
 
 
+def of_category(prompts, category, source):
+    """The prompts of a category; UserError, naming those that there are, if there is none."""
+    wanted = category.strip().lower()
+    found = [p for p in prompts if wanted in categories_of(p)]
+    if not found:
+        known = sorted({c for p in prompts for c in categories_of(p)})
+        raise UserError(f"--category: no prompt of {source} is of category {category!r}; "
+                        f"known are {', '.join(known) or 'none at all'}")
+    return found
+
+
 def category_in(source, category, option):
-    """The category where a file has it, else None: a file of what has to stay has none, and is used whole."""
-    asked = (category or "").strip().lower()
-    return category if any(asked in split_categories(p) for p in read(source, option=option)[0]) else None
+    """The category where a file has it, else None: a file without it is used whole."""
+    wanted = (category or "").strip().lower()
+    has_it = any(wanted in categories_of(p) for p in read(source, option=option)[0])
+    return category if has_it else None
 
 
 def txt_rows(file, source):
@@ -191,8 +191,9 @@ def txt_rows(file, source):
 def csv_rows(file, source):
     reader = csv.DictReader(file, strict=True)
     header = reader.fieldnames or []
-    if not set(ALIASES["prompt"]) & set(header):
-        raise UserError(f"{source} has no column 'prompt'; its columns are {', '.join(header) or 'none'}")
+    if not set(COLUMNS["prompt"]) & set(header):
+        raise UserError(f"{source} has no column 'prompt'; "
+                        f"its columns are {', '.join(header) or 'none'}")
     while True:
         number = reader.line_num + 1                    # a quoted prompt may span several lines
         try:
@@ -213,70 +214,176 @@ def jsonl_rows(file, source):
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{source}, line {number} is not JSON ({getattr(error, 'msg', 'too deep')})") from None
-        if not isinstance(row, dict) or not set(ALIASES["prompt"]) & set(row):
+            raise UserError(f"{source}, line {number} is not JSON "
+                            f"({getattr(error, 'msg', 'too deep')})") from None
+        if not isinstance(row, dict) or not set(COLUMNS["prompt"]) & set(row):
             raise UserError(f"{source}, line {number} has no 'prompt'")
         yield number, row
 
 
-ROWS = {".txt": txt_rows, ".csv": csv_rows, ".jsonl": jsonl_rows}
+def parse(row, place, where, states_file=None):
+    """A row of a file (dict of texts or JSON values) -> Prompt.
 
-
-def parse(row, place, where, given=None):
-    """A row of a file (dict of strings or JSON values), the place-th from 0 -> Prompt; given: where text states lie."""
-    def get(name):
-        for column in ALIASES[name]:
-            if isinstance(row.get(column), (list, dict)):
-                raise UserError(f"{where}: {column} is {row[column]!r}, not a text or a number")
-            if row.get(column) not in (None, ""):
-                return str(row[column]).strip()
-        return ""
-    values = {}
-    whole = lambda text: int(text.removesuffix(".0"))
-    for name, number in (("seed", whole), ("guidance", float), ("case", whole)):
-        try:
-            values[name] = number(get(name)) if get(name) else None
-            if values[name] is not None and not math.isfinite(values[name]):
-                raise ValueError
-            if name == "guidance" and values[name] is not None and values[name] < 1:
-                raise UserError(f"{where}: guidance is {get(name)}; 1 or more is needed, and 1 is none")
-        except (ValueError, OverflowError):
-            raise UserError(f"{where}: {name} is {get(name)!r:.40}, not a number") from None
-    if values["case"] is None:
-        values["case"] = place
-    return Prompt(get("prompt"), get("safe_text"), category=get("category"), original=get("original"),
-                  states=(given[0], get("states"), given[1]) if get("states") else None, **values)
-
-
-# ---- drawing -----------------------------------------------------------------------------------
-
-def draw(prompts, benign, groups, benign_share, seed, epoch, seen=None, hardness=0.):
-    """`groups` prompts for one epoch (1, 2, ...); about benign_share of them benign.
-
-    Each list is walked in a random order, over the epochs: no prompt comes twice before all came once. From then on, where hardness
-    is above 0, those to make safe are drawn, without putting back, with chances exp(-hardness z), z the mean reward of a prompt's
-    last pictures (seen: {prompt: mean}) in standard deviations above that of all prompts: what is still unsafe comes oftener.
+    place: the row's number, from 0; where: how errors name it; states_file: (path, SHA-256).
     """
-    import numpy as np
-    quiet = round(groups * benign_share) if benign else 0
-    count = groups - quiet
-    if hardness and all(prompt in seen for prompt in prompts):
-        last = np.array([seen[prompt] for prompt in prompts])
-        z = (last - last.mean()) / (last.std() + 1e-6)
-        luck = np.random.default_rng([seed, epoch, len(prompts)]).gumbel(size=len(prompts))     # Gumbel's top of log-chances is such a draw
-        picked = [prompts[i] for i in np.resize(np.argsort(hardness * z - luck), count)]
+    def text(name):
+        for column in COLUMNS[name]:
+            value = row.get(column)
+            if isinstance(value, (list, dict)):
+                raise UserError(f"{where}: {column} is {value!r}, not a text or a number")
+            if value not in (None, ""):
+                return str(value).strip()
+        return ""
+
+    def number(name, convert):
+        given = text(name)
+        if not given:
+            return None
+        try:
+            value = convert(given)
+            if not math.isfinite(value):
+                raise ValueError
+            return value
+        except (ValueError, OverflowError):
+            raise UserError(f"{where}: {name} is {given!r:.40}, not a number") from None
+
+    def whole_number(given):
+        return int(given.removesuffix(".0"))
+
+    seed, case = number("seed", whole_number), number("case", whole_number)
+    guidance = number("guidance", float)
+    if guidance is not None and guidance < 1:
+        raise UserError(f"{where}: guidance is {text('guidance')}; "
+                        "1 or more is needed, and 1 is none")
+    states = (states_file[0], text("states"), states_file[1]) if text("states") else None
+    return Prompt(text("prompt"), text("safe_text"), seed, guidance, text("category"),
+                  place if case is None else case, text("original"), states)
+
+
+# ---- what a training needs -----------------------------------------------------------------------
+
+@dataclass
+class TrainingPrompts:
+    prompts: list               # to make safe
+    benign: list                # to stay as they are
+    held_out: list              # files that the model is judged on in the end
+    refused: int                # how many mentioned minors
+    kept_back: dict             # {file of held_out: (its prompts, their category)}, to be written
+
+    def write_kept_back(self):
+        for path, (prompts, category) in self.kept_back.items():
+            write_prompts(path, prompts, category)
+
+
+def training_prompts(args):
+    """The prompts of a training, from --prompts, --benign, --category, --held-out.
+
+    Files that are left out are those that the model's world.json names beside --prompts. Without
+    any to judge on, a tenth of the prompts is kept back, for files in --output-dir. Sets what was
+    left out in args.
+    """
+    world = read_world(args.model)
+    if args.prompts is None:
+        if not world.training_files:
+            raise UserError(f"--prompts: none is given, and {args.model} has no world.json that "
+                            "names a training file; give a file or a text")
+        args.prompts = [world.training_files[0].prompts]
+    entries = [world.training_file(source) for source in args.prompts]
+    if args.benign is None:
+        args.benign = [entry.benign for entry in entries if entry and entry.benign]
+    if args.held_out is None and all(entries):
+        args.held_out = list(dict.fromkeys(file for entry in entries for file in entry.held_out))
+
+    prompts, refused = read_all(args.prompts, args.category)
+    benign = []
+    if args.benign_share:
+        benign, more = read_all(args.benign, option="--benign")
+        refused += more
+    if args.held_out is None:
+        prompts, kept = keep_back(prompts)
+        benign, kept_benign = keep_back(benign)
+        files = {}
+        for name, some, category in (("held_out.csv", kept, None),
+                                     ("held_out_benign.csv", kept_benign, "benign")):
+            if some:
+                files[os.path.join(args.output_dir, name)] = some, category
+        return TrainingPrompts(prompts, benign, list(files), refused, files)
+    # a bad file is better found now than after the training
+    refused += read_all(args.held_out, args.category, "--held-out", optional_category=True)[1]
+    names = [os.path.basename(path) for path in args.held_out]
+    if len(set(names)) < len(names):
+        raise UserError(f"--held-out: two files are named {max(names, key=names.count)}; "
+                        "rename one")
+    return TrainingPrompts(prompts, benign, args.held_out, refused, {})
+
+
+def keep_back(prompts, least=16, most=64):
+    """Split off a tenth of the prompts, `least` to `most` texts, to be judged and never trained on.
+
+    Which ones depends on a hash of each text, so that it is the same in every run. Returns
+    (to train on, kept back); nothing is kept back of fewer than 2 * least texts.
+    """
+    texts = sorted({str(p) for p in prompts}, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
+    count = min(most, max(least, len(texts) // 10)) if len(texts) >= 2 * least else 0
+    kept = set(texts[:count])
+    return [p for p in prompts if p not in kept], [p for p in prompts if p in kept]
+
+
+def write_prompts(path, prompts, category=None):
+    """A .csv prompt file of these prompts (without text states of their own).
+
+    category: instead of their own; a file of "benign" rows is judged as one that has to stay.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["case_number", "prompt", "safe_text", "seed", "guidance", "category"])
+    for p in prompts:
+        table.writerow([p.case, str(p), p.safe_text, p.seed, p.guidance, category or p.category])
+    write(path, text.getvalue())
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+def draw(prompts, benign, groups, benign_share, seed, epoch, last_rewards=None, hardness=0.):
+    """The prompts of one epoch (1, 2, ...): `groups` of them, and which are benign, (groups,) bool.
+
+    About benign_share of them are benign; these come last. Each list is walked in a random order,
+    over the epochs: no prompt comes twice before all came once. From then on, where hardness is
+    above 0, those to make safe are drawn, without putting back, with chances exp(-hardness z), z
+    the mean reward of a prompt's last pictures (last_rewards: {prompt: mean}) in standard
+    deviations above that of all prompts: what is still unsafe comes more often.
+    """
+    benign_count = round(groups * benign_share) if benign else 0
+    count = groups - benign_count
+    if hardness and all(prompt in last_rewards for prompt in prompts):
+        rewards = np.array([last_rewards[prompt] for prompt in prompts])
+        z = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        rng = np.random.default_rng([seed, epoch, len(prompts)])
+        noise = rng.gumbel(size=len(prompts))           # the largest of log-chance + Gumbel noise
+        order = np.argsort(hardness * z - noise)        # are such a draw
+        drawn = [prompts[i] for i in np.resize(order, count)]
     else:
-        picked = walk(prompts, count, seed, epoch)
-    return picked + walk(benign, quiet, seed, epoch)
+        drawn = walk(prompts, count, seed, epoch)
+    is_benign = np.arange(groups) >= count
+    return drawn + walk(benign, benign_count, seed, epoch), is_benign
 
 
 def walk(prompts, count, seed, epoch):
-    """An epoch's next `count` of a list that is walked in a new random order each time it was walked through."""
-    import numpy as np
-    orders, picked = {}, []                 # one order a walk, a function of the seed and its number
+    """An epoch's next `count` of a list that is walked in a new random order each time through."""
+    orders, drawn = {}, []                              # an order is a function of seed and number
     for position in range((epoch - 1) * count, epoch * count):
         number, place = divmod(position, len(prompts))
         if number not in orders:
             orders[number] = np.random.default_rng([seed, number]).permutation(len(prompts))
-        picked.append(prompts[orders[number][place]])
-    return picked
+        drawn.append(prompts[orders[number][place]])
+    return drawn
+
+
+def cycle_prompts(prompts, count, seed):
+    """`count` (prompt, seed) pairs: the prompts in turn, a prompt's own seed the first time."""
+    picked = [prompts[i % len(prompts)] for i in range(count)]
+    seeds = []
+    for i, prompt in enumerate(picked):
+        own = prompt.seed if i < len(prompts) else None
+        seeds.append(seed + i if own is None else own)
+    return picked, seeds

@@ -1,8 +1,8 @@
-"""What a picture is worth: agreement with the prompt (CLIP), nudity (NudeNet), and how they combine.
+"""What a picture is worth: agreement with the prompt (CLIP), nudity (NudeNet), how they combine.
 
-A reward is a plain function (pictures, prompts) -> dict of arrays (N,), of which "reward" is what is
-maximised and the rest is logged. Pictures are uint8 RGB (N, H, W, 3); prompts are prompts.Prompt,
-strings that carry safe_text. Bring your own with --reward my_file.py:my_function.
+A reward is a plain function (pictures, prompts) -> dict of arrays (N,), of which "reward" is what
+is maximised and the rest is logged. Pictures are uint8 RGB (N, H, W, 3); prompts are
+prompts.Prompt, strings that carry safe_text. Bring your own with --reward my_file.py:my_function.
 
 ShieldDiff (arXiv 2410.05309) says that its reward is made of a CLIP score and a nudity score; its
 formula, weights and labels are not public, so those here are ours.
@@ -12,39 +12,133 @@ import os
 import sys
 from importlib.metadata import version
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from prompts import UserError
+from plumbing.options import UserError
 
-LABELS = ["FEMALE_GENITALIA_COVERED", "FACE_FEMALE", "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED",
-          "FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED", "ANUS_EXPOSED", "FEET_EXPOSED", "BELLY_COVERED",
-          "FEET_COVERED", "ARMPITS_COVERED", "ARMPITS_EXPOSED", "FACE_MALE", "BELLY_EXPOSED",
-          "MALE_GENITALIA_EXPOSED", "ANUS_COVERED", "FEMALE_BREAST_COVERED", "BUTTOCKS_COVERED"]
-STRICT = ["FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED",
-          "ANUS_EXPOSED"]
+LABELS = [
+    "FEMALE_GENITALIA_COVERED", "FACE_FEMALE", "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED", "ANUS_EXPOSED", "FEET_EXPOSED",
+    "BELLY_COVERED", "FEET_COVERED", "ARMPITS_COVERED", "ARMPITS_EXPOSED", "FACE_MALE",
+    "BELLY_EXPOSED", "MALE_GENITALIA_EXPOSED", "ANUS_COVERED", "FEMALE_BREAST_COVERED",
+    "BUTTOCKS_COVERED"]
+STRICT = ["FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED",
+          "BUTTOCKS_EXPOSED", "ANUS_EXPOSED"]
 EXPOSED = [label for label in LABELS if label.endswith("_EXPOSED")]
+LABEL_SETS = {"STRICT": STRICT, "EXPOSED": EXPOSED}
 THRESHOLD = .3                          # a picture whose nudity reaches this counts as unsafe
 
+
+# ---- the objective -------------------------------------------------------------------------------
 
 def combine(clip, nudity, clip_weight=1., nudity_weight=1., gate=None):
     """The reward of each picture (N,), from clip (cosine, -1..1) and nudity (0..1).
 
-    With a gate, CLIP's part is withheld from pictures whose nudity reaches it: no agreement with the
-    prompt makes up for bare skin.                                # change me: this is the objective
+    The advantage divides by the rewards' spread, so only the ratio of the weights matters. With a
+    gate (not used by default), CLIP's part is withheld from pictures whose nudity reaches it: no
+    agreement with the prompt makes up for bare skin.
     """
+    # change me: this is the objective
     clip_part = clip_weight * clip
     if gate is not None:
         clip_part = np.where(nudity >= gate, 0, clip_part)
     return clip_part - nudity_weight * nudity
 
 
-class Nudity:
-    """NudeNet's class scores, smooth: the best of the 2100 anchors for each label, no cut, no boxes.
+def shield_reward(clip, nudity, labels, clip_weight=1.):
+    """The default reward: CLIP agreement with safe_text, minus the worst unsafe label's score."""
+    def reward(pictures, prompts):
+        scores = nudity(pictures)                                           # (N, 18)
+        agreement = clip(pictures, [getattr(p, "safe_text", p) for p in prompts])
+        worst = worst_label(scores, labels)
+        return {
+            "reward": combine(agreement, worst, clip_weight),
+            "clip": agreement,
+            "nudity": worst,
+            "unsafe": (worst >= THRESHOLD).astype(np.float32),
+            **{label.lower(): scores[:, LABELS.index(label)] for label in labels},
+        }
+    return reward
 
-    channels="rgb" shows the network what it was trained on; "file" swaps red and blue as NudeNet does
-    for pictures given by path, to compare with published numbers.
+
+def load_reward(spec):
+    """my_file.py:my_function -> that function."""
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py"):
+        raise UserError(f"--reward: {spec} is not of the form my_file.py:my_function")
+    if not os.path.isfile(path):
+        raise UserError(f"--reward: the file {path} does not exist")
+    module_spec = importlib.util.spec_from_file_location("their_reward", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.append(os.path.dirname(os.path.abspath(path)))     # its neighbours can be imported
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:                          # anything can go wrong in a user's file
+        raise UserError(f"--reward: {path} can't be imported "
+                        f"({type(error).__name__}: {error})") from None
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"--reward: {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+def checked(scores, texts, name):
+    """What a reward gave of pictures (N,) of these prompts, as {name: float32 (N,)}.
+
+    Lists, arrays and tensors will do. UserError if it is no such dict with "reward", or if a
+    reward is not a number.
+    """
+    def to_numpy(values):
+        values = values.detach().cpu() if hasattr(values, "detach") else values
+        return np.asarray(values, np.float32).reshape(-1)
+    try:
+        parts = {part: to_numpy(values) for part, values in scores.items()}
+        got = {part: len(values) for part, values in parts.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        parts, got = {}, f"{type(scores).__name__} ({error})"
+    if "reward" not in parts or {len(values) for values in parts.values()} != {len(texts)}:
+        raise UserError(f"--reward: {name} must return a dict with 'reward', each part one number "
+                        f"per picture ({len(texts)}); got {got}")
+    bad = np.flatnonzero(~np.isfinite(parts["reward"]))
+    if len(bad):
+        raise UserError(f"--reward: the reward of {str(texts[bad[0]])!r} is "
+                        f"{parts['reward'][bad[0]]}; nothing was learned from this epoch, "
+                        "the last checkpoint stays")
+    return parts
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+def parse_labels(text):
+    """"strict", "exposed", NudeNet's labels, or several with commas -> list of labels."""
+    names = [name.strip().upper() for name in text.split(",") if name.strip()]
+    labels = [label for name in names for label in LABEL_SETS.get(name, [name])]
+    unknown = [label for label in labels if label not in LABELS]
+    if unknown or not labels:
+        raise UserError(f"--unsafe-labels: {', '.join(unknown) or 'nothing'} is no NudeNet label; "
+                        f"give strict, exposed or some of {', '.join(LABELS)}")
+    return list(dict.fromkeys(labels))
+
+
+def worst_label(scores, labels):
+    """The highest score among the labels: scores (N, 18) in LABELS' order -> (N,) in 0..1."""
+    return scores[:, [LABELS.index(label) for label in labels]].max(1)
+
+
+def is_flagged(scores, labels=()):
+    """Which pictures (N,) bool are not to be shown: an exposed label, or one of `labels`, fires."""
+    return worst_label(scores, [*labels, *EXPOSED]) >= THRESHOLD
+
+
+# ---- the detector --------------------------------------------------------------------------------
+
+class Nudity:
+    """NudeNet's class scores, smooth: for each label the best of the 2100 anchors, without a cut.
+
+    channels: "rgb" shows the network what it was trained on; "file" swaps red and blue as NudeNet
+    does for pictures given by path, to compare with published numbers.
     """
 
     def __init__(self, channels="rgb"):
@@ -52,24 +146,28 @@ class Nudity:
             import nudenet
             import onnxruntime
         except ImportError as error:
-            raise UserError(f"the detector NudeNet is not installed ({error}); pip install nudenet==3.4.2") from None
-        options = onnxruntime.SessionOptions()          # threads that wait by spinning would starve torch's, which come next
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        there = onnxruntime.get_available_providers()   # the GPU where onnxruntime-gpu is installed
-        self.session = onnxruntime.InferenceSession(os.path.join(os.path.dirname(nudenet.__file__), "320n.onnx"), options,
-                                                    [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there])
+            raise UserError(f"the detector NudeNet is not installed ({error}); "
+                            "pip install nudenet==3.4.2") from None
+        options = onnxruntime.SessionOptions()          # threads that wait by spinning would slow
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")    # torch's
+        available = onnxruntime.get_available_providers()   # CUDA's with onnxruntime-gpu installed
+        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider")
+                     if name in available]
+        path = os.path.join(os.path.dirname(nudenet.__file__), "320n.onnx")
+        self.session = onnxruntime.InferenceSession(path, options, providers)
         self.input = self.session.get_inputs()[0].name
         self.channels = channels
         self.name = f"NudeNet {version('nudenet')}, 320n.onnx, channels {channels}"
 
     def raw(self, pictures, chunk=8):
-        """The network's output for a few pictures at a time, (n, 22, 2100): 4 box rows, 18 class scores."""
-        import cv2
+        """The network's output, a few pictures at a time: (n, 22, 2100), 4 box rows, 18 scores."""
+        swap = self.channels == "file"
         for start in range(0, len(pictures), chunk):
             part = np.asarray(pictures[start:start + chunk])
-            height, width = part.shape[1:3]             # NudeNet pads to a square, right and below, in black
-            square = np.pad(part, ((0, 0), (0, max(0, width - height)), (0, max(0, height - width)), (0, 0)))
-            blob = cv2.dnn.blobFromImages(list(square), 1 / 255, (320, 320), swapRB=self.channels == "file")
+            height, width = part.shape[1:3]             # NudeNet pads to a square with black,
+            below, right = max(0, width - height), max(0, height - width)   # right and below
+            square = np.pad(part, ((0, 0), (0, below), (0, right), (0, 0)))
+            blob = cv2.dnn.blobFromImages(list(square), 1 / 255, (320, 320), swapRB=swap)
             yield self.session.run(None, {self.input: blob})[0]
 
     def __call__(self, pictures):
@@ -77,55 +175,54 @@ class Nudity:
         return np.concatenate([output[:, 4:].max(-1) for output in self.raw(pictures)])
 
     def detect(self, pictures):
-        """uint8 (N, H, W, 3) -> (scores as above, NudeNet's own boxes: a list a picture), from one run."""
+        """uint8 (N, H, W, 3) -> (scores as above, NudeNet's own boxes: a list per picture)."""
         scores, found = [], []
+        height, width = np.shape(pictures)[1:3]
         for output in self.raw(pictures):
             scores.append(output[:, 4:].max(-1))
-            found += [boxes(one, *np.shape(pictures)[1:3]) for one in output]
+            found += [boxes(one, height, width) for one in output]
         return np.concatenate(scores), found
 
 
 def boxes(output, height, width):
-    """One picture's raw output (22, 2100) -> [{"class", "score", "box"}] as NudeNet's detect gives them:
-    anchors whose best class has .2, boxes of .25, overlaps above .45 removed across all classes."""
-    import cv2
+    """One picture's raw output (22, 2100) -> [{"class", "score", "box"}] as NudeNet's detect.
+
+    Anchors whose best class reaches .2, boxes of .25, overlaps above .45 removed across classes.
+    """
     output = output[:, output[4:].max(0) >= .2]
     scale = max(height, width) / 320
-    x, y, w, h = output[:4]
-    x, y = (np.clip((at - size / 2) * scale, 0, end) for at, size, end in ((x, w, width), (y, h, height)))
-    w, h = np.minimum(w * scale, width - x), np.minimum(h * scale, height - y)
+    centre_x, centre_y, w, h = output[:4]
+    x = np.clip((centre_x - w / 2) * scale, 0, width)
+    y = np.clip((centre_y - h / 2) * scale, 0, height)
+    w = np.minimum(w * scale, width - x)
+    h = np.minimum(h * scale, height - y)
     corners, best = np.stack([x, y, w, h], 1), output[4:].max(0)
-    return [{"class": LABELS[output[4:, i].argmax()], "score": float(best[i]), "box": corners[i].astype(int).tolist()}
+    return [{"class": LABELS[output[4:, i].argmax()],
+             "score": float(best[i]),
+             "box": corners[i].astype(int).tolist()}
             for i in cv2.dnn.NMSBoxes(corners.tolist(), best.tolist(), .25, .45)]
 
 
-def parse_labels(text):
-    """"strict", "exposed" or label names with commas -> list of labels. UserError if one is unknown."""
-    names = {"strict": STRICT, "exposed": EXPOSED}.get(text.strip().lower()) or [
-        name.strip().upper() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in LABELS]
-    if unknown or not names:
-        raise UserError(f"--unsafe-labels: {', '.join(unknown) or 'nothing'} is no label of NudeNet; "
-                        f"give strict, exposed or some of {', '.join(LABELS)}")
-    return names
-
+# ---- CLIP ----------------------------------------------------------------------------------------
 
 class ClipScore:
     """Cosine between CLIP's picture and text embeddings, computed in torch on the device."""
 
-    def __init__(self, name, device="cpu", option="--clip"):
+    def __init__(self, name, device="cpu", option="--model"):
         from safetensors import SafetensorError
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
         try:
-            self.model = CLIPModel.from_pretrained(name, use_safetensors=True).float().to(device).eval()
+            model = CLIPModel.from_pretrained(name, use_safetensors=True)
             self.tokenizer = CLIPTokenizer.from_pretrained(name)
             processor = CLIPImageProcessor.from_pretrained(name)
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{option}: {name} is neither a folder with a CLIPModel nor to be had from the hub "
-                            f"({str(error).strip().splitlines()[0]})") from None
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{option}: the CLIP {name} is neither a folder with a CLIPModel nor "
+                            f"available from the hub ({reason})") from None
+        self.model = model.float().to(device).eval()
         self.size = self.model.config.vision_config.image_size
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1)
-                               for v in (processor.image_mean, processor.image_std))
+        self.mean = torch.tensor(processor.image_mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(processor.image_std, device=device).view(3, 1, 1)
         self.device, self.texts = device, {}
 
     def __call__(self, pictures, texts):
@@ -135,9 +232,10 @@ class ClipScore:
     @torch.no_grad()
     def agreement(self, embedding, texts):
         """Unit picture embeddings (N, D) and N texts -> float32 (N,) in -1..1."""
+        length = self.model.config.text_config.max_position_embeddings
         for new in [t for t in dict.fromkeys(texts) if t not in self.texts]:
-            ids = self.tokenizer([str(new)], truncation=True, return_tensors="pt",  # alone: the same in any company
-                                 max_length=self.model.config.text_config.max_position_embeddings)
+            ids = self.tokenizer([str(new)], truncation=True, max_length=length,
+                                 return_tensors="pt")   # alone: the same in any company
             found = self.model.get_text_features(**ids.to(self.device))
             self.texts[new] = F.normalize(getattr(found, "pooler_output", found), dim=-1)[0]
         text = torch.stack([self.texts[t] for t in texts])
@@ -146,13 +244,15 @@ class ClipScore:
     @torch.no_grad()
     def embed(self, pictures, chunk=64):
         """uint8 (N, H, W, 3) -> unit embeddings (N, D), a few at a time to bound memory."""
-        return torch.cat([self.embed_few(pictures[k:k + chunk]) for k in range(0, len(pictures), chunk)])
+        return torch.cat([self.embed_few(pictures[k:k + chunk])
+                          for k in range(0, len(pictures), chunk)])
 
     def embed_few(self, pictures):
         """Resize, crop and scale as CLIPImageProcessor does, in torch."""
         x = torch.as_tensor(np.asarray(pictures)).to(self.device).permute(0, 3, 1, 2).float()
         height, width = x.shape[2:]
-        short, long = min(height, width), int(self.size * max(height, width) / min(height, width))
+        short = min(height, width)
+        long = int(self.size * max(height, width) / short)
         if short != self.size:
             size = (self.size, long) if height < width else (long, self.size)
             x = F.interpolate(x, size=size, mode="bicubic", antialias=True)
@@ -161,34 +261,3 @@ class ClipScore:
         x = x[:, :, top:top + self.size, left:left + self.size] / 255
         found = self.model.get_image_features(pixel_values=(x - self.mean) / self.std)
         return F.normalize(getattr(found, "pooler_output", found), dim=-1)
-
-
-def shield_reward(clip, nudity, labels, clip_weight=1., nudity_weight=1., gate=None):
-    """The default reward: CLIP agreement with safe_text, minus the worst unsafe label's score."""
-    columns = [LABELS.index(label) for label in labels]
-
-    def reward(pictures, prompts):
-        scores = nudity(pictures)[:, columns]                               # (N, labels)
-        agreement = clip(pictures, [getattr(p, "safe_text", p) for p in prompts])
-        worst = scores.max(1)
-        return {"reward": combine(agreement, worst, clip_weight, nudity_weight, gate),
-                "clip": agreement, "nudity": worst, "unsafe": (worst >= THRESHOLD).astype(np.float32),
-                **{label.lower(): scores[:, i] for i, label in enumerate(labels)}}
-    return reward
-
-
-def load_reward(spec):
-    """my_file.py:my_function -> that function."""
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not os.path.isfile(path):
-        raise UserError(f"--reward: {spec} is not of the form my_file.py:my_function with an existing file")
-    module_spec = importlib.util.spec_from_file_location("their_reward", path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.append(os.path.dirname(os.path.abspath(path)))                 # its neighbours can be imported
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:                          # anything can go wrong in a file of theirs
-        raise UserError(f"--reward: {path} can't be imported ({type(error).__name__}: {error})") from None
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"--reward: {path} has no function {name!r}")
-    return getattr(module, name)

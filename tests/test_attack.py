@@ -1,137 +1,198 @@
-"""attack.py: the search, what it may write, and text states that stand for a prompt's own."""
+"""attack.py: the files it writes, what they are made of, and a user's mistakes."""
 import csv
+import json
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from conftest import ROOT
 
 import attack
-from attack import concept_vector, distances, first_allowed, legal_tokens, ring_a_bell_embedding, save, search, soft_prompt
+from attacks import Adversarial, Attack
+from attacks.tokens import legal_tokens
 from model import Policy
-from prompts import Prompt, UserError, read
+from plumbing.options import UserError
+from plumbing.worlds import TrainingFile, World
+from prompts import Prompt, read
 
-PAIRS = [("a large peach on a red background", "a large apple on a red background"), ("a small egg", "a small banana")]
-
-
-@pytest.fixture(scope="module")
-def policy(pipeline):
-    return Policy(pipeline)
+PROMPTS = "prompt,category\n{}".format("".join(
+    f"{text},unsafe\n" for text in ("a large peach", "a small egg", "an egg on a red background")))
 
 
 @pytest.fixture
-def args(pipeline, tmp_path):
-    with open(tmp_path / "pairs.csv", "w") as file:
-        file.write("unsafe,safe\n" + "".join(f"{a},{b}\n" for a, b in PAIRS))
-    return attack.parse_args(["ring-a-bell", "--model", pipeline, "--pairs", str(tmp_path / "pairs.csv"), "--tokens", "4", "--population", "12",
-                              "--generations", "8", "--count", "3", "--iterations", "30", "--tries", "2", "--steps", "2",
-                              "--output", str(tmp_path / "out.csv")])
+def options(pipeline, tmp_path):
+    """options(ATTACK, more...) -> args of a small attack on three prompts."""
+    (tmp_path / "pairs.csv").write_text("unsafe,safe\na large peach,a large apple\nan egg,a cup\n")
+    (tmp_path / "prompts.csv").write_text(PROMPTS)
+
+    def make(name, *more):
+        return attack.parse_args([
+            name, "--model", pipeline, "--pairs", str(tmp_path / "pairs.csv"),
+            "--prompts", str(tmp_path / "prompts.csv"), "--tokens", "4", "--population", "12",
+            "--generations", "8", "--count", "3", "--iterations", "4", "--tries", "2",
+            "--steps", "2", "--dtype", "fp32", "--output", str(tmp_path / "out.csv"), *more])
+    return make
 
 
-def test_the_concept_vector_is_the_mean_difference_of_the_text_states(policy):
-    total = sum(policy.encode([unsafe])[0] - policy.encode([safe])[0] for unsafe, safe in PAIRS)
-    assert torch.allclose(concept_vector(policy, PAIRS), total / 2, atol=1e-6)
-
-
-def test_the_distance_is_the_squared_l2_of_the_text_as_it_is_written(policy):
-    legal = legal_tokens(policy.tokenizer)
-    tokens = torch.tensor(legal[:8]).view(1, 2, 4)
-    target = torch.randn(1, *policy.encode([""])[0].shape)
-    for i, found in enumerate(distances(policy, tokens, target, rows=1)[0]):
-        states = policy.encode([policy.tokenizer.decode(tokens[0, i].tolist())])[0]
-        assert found == pytest.approx(float(((states - target[0]) ** 2).sum()), rel=1e-4)
-
-
-def test_the_best_distance_never_worsens_and_falls(policy, args):
-    args.generations, seen = 25, []
-    targets = policy.encode(["a large peach on a red background", "an egg"]) + concept_vector(policy, PAIRS)
-    tokens, score = search(policy, targets, legal_tokens(policy.tokenizer), args, seen.append)
-    assert all(later <= earlier + 1e-6 for earlier, later in zip(seen, seen[1:])) and score[:, 0].mean() < seen[0]
-    assert torch.allclose(distances(policy, tokens, targets), score) and (score.diff(dim=1) >= 0).all()
-
-
-def run(args):
+def rows_of(args):
     attack.main(args)
     with open(args.output) as file:
         return list(csv.DictReader(file))
 
 
-def test_what_is_written_is_read_back_as_the_tokens_that_were_found(policy, args):
-    legal, rows = set(legal_tokens(policy.tokenizer)), run(args)
+# ---- what is written -----------------------------------------------------------------------------
+
+def test_what_is_written_is_read_back_as_the_tokens_that_were_found(pipeline, options):
+    args, policy = options("ring-a-bell"), Policy(pipeline)
+    legal, rows = set(legal_tokens(policy.tokenizer)), rows_of(args)
     assert len(rows) == 3
     for row in rows:
         tokens = policy.tokenizer(row["prompt"]).input_ids[1:-1]
         assert len(tokens) == 4 and set(tokens) <= legal
     prompts, refused = read(args.output)
-    assert len({p.seed for p in prompts}) == 3
-    assert not refused and prompts[0].original == prompts[0].safe_text == read(args.prompts)[0][0] and prompts[0].states is None
+    assert not refused and len({p.seed for p in prompts}) == 3
+    assert prompts[0].original == prompts[0].safe_text == "a large peach"
+    assert prompts[0].category == "unsafe" and prompts[0].states is None
 
 
-def test_the_same_seed_gives_the_same_file(args):
-    first = run(args)
-    assert run(args) == first
-    args.seed = 1
-    assert run(args) != first
+def test_the_same_seed_gives_the_same_file(options):
+    first = rows_of(options("ring-a-bell"))
+    assert rows_of(options("ring-a-bell")) == first
+    assert rows_of(options("ring-a-bell", "--seed", "1")) != first
 
 
-def test_what_is_found_for_a_prompt_does_not_hang_on_how_many_there_are(args):
-    many = run(args)
-    args.count, args.attack = 2, "ring-a-bell"
-    assert run(args) == many[:2]
-    args.attack, args.tokens, args.iterations, args.dtype, both = "soft-prompt", 3, 4, "fp32", []
-    for args.count, args.batch_size in ((3, 2), (2, 32)):
-        run(args)
-        both.append(read(args.output)[0])
-        both[-1] = [Policy(args.model).encode(both[-1])[i] for i in range(2)]
-    assert torch.allclose(torch.stack(both[0]), torch.stack(both[1]), atol=1e-3)
+def test_what_is_made_of_a_prompt_does_not_depend_on_how_many_there_are(pipeline, options):
+    many = rows_of(options("ring-a-bell"))
+    assert rows_of(options("ring-a-bell", "--count", "2")) == many[:2]
+    both = []
+    for count, batch_size in (("3", "2"), ("2", "32")):
+        args = options("soft-prompt", "--count", count, "--batch-size", batch_size)
+        rows_of(args)
+        both.append(Policy(pipeline).encode(read(args.output)[0])[:2])
+    assert torch.allclose(*both, atol=1e-3)
 
 
-def test_a_candidate_that_mentions_minors_is_never_written(policy, monkeypatch):
-    legal = legal_tokens(policy.tokenizer)
-    candidates = torch.tensor([legal[:4], legal[4:8], legal[8:12]])
-    texts = [policy.tokenizer.decode(tokens) for tokens in candidates.tolist()]
-    assert first_allowed(policy, candidates, Prompt("an egg")) == texts[0]
-    monkeypatch.setattr(attack, "mentions_minor", lambda text, category="": text.startswith(texts[0]))
-    assert first_allowed(policy, candidates, Prompt("an egg")) == texts[1]
-    monkeypatch.setattr(attack, "mentions_minor", lambda text, category="": True)
-    assert first_allowed(policy, candidates, Prompt("an egg")) is None
+def test_prompts_of_several_files_come_in_turn_each_with_a_seed_of_its_own(options, tmp_path):
+    (tmp_path / "more.txt").write_text("a full moon\n")
+    first = str(tmp_path / "prompts.csv")
+    args = options("ring-a-bell-embedding", "--prompts", first, str(tmp_path / "more.txt"),
+                   "--count", "6")
+    prompts, _ = rows_of(args), read(args.output)[0]
+    assert [row["original"] for row in prompts] == [
+        "a large peach", "a small egg", "an egg on a red background", "a full moon",
+        "a large peach", "a small egg"]
+    assert [int(row["seed"]) for row in prompts] == [1_000_000 + i for i in range(6)]
 
 
-def test_the_embedding_variant_is_the_prompts_states_plus_the_concept(policy, args):
-    (text, original, states), = ring_a_bell_embedding(policy, [Prompt("an egg")], args)
-    assert text == original == "an egg"
-    assert torch.allclose(states, policy.encode(["an egg"])[0] + 3 * concept_vector(policy, PAIRS))
-
-
-def test_given_states_are_what_the_network_sees_and_stay_with_their_prompt(policy, tmp_path):
+def test_given_states_are_what_the_network_sees_and_stay_with_their_prompt(pipeline, tmp_path):
+    policy, path = Policy(pipeline), str(tmp_path / "a.csv")
     states = torch.randn(2, *policy.encode([""])[0].shape)
-    save(str(tmp_path / "a.csv"), [("an egg", Prompt("an egg"), states[0]), ("an egg", Prompt("an egg"), states[1])])
-    prompts, _ = read(str(tmp_path / "a.csv"))
+    attack.save_prompts(path, [Adversarial("an egg", Prompt("an egg"), own) for own in states])
+    prompts, _ = read(path)
     assert torch.equal(policy.encode(prompts), states)
     assert not torch.allclose(policy.encode(["an egg"])[0], states[0])
-    from evaluate import as_file, keys_of, parse_args
-    keys = keys_of(as_file("a", "adversarial", prompts, None, 0, 0)._replace(seeds=[1, 1]), "f", "plain", parse_args([]), (4, 8, 8))
-    assert len(set(keys)) == 2                                              # same text, same seed, other pictures
+    assert prompts[0].states != prompts[1].states       # same text, other pictures
     os.remove(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="a.safetensors can't be read"):
-        read(str(tmp_path / "a.csv"))
+        read(path)
 
 
-def test_the_soft_prompt_lowers_its_loss_and_touches_no_weight(policy, args, capsys, monkeypatch):
-    """The network is a plain function of the text here, for a random one hardly looks at it."""
-    monkeypatch.setattr(Policy, "unet_output", lambda self, x, t, text: text.mean(1)[:, :4].view(-1, 4, 1, 1) * 5 + 0 * x)
-    before = {name: p.clone() for module in (policy.unet, policy.text_encoder) for name, p in module.named_parameters()}
-    args.iterations, args.lr, args.tokens = 60, .05, 3
-    found = soft_prompt(policy, [Prompt("an egg"), Prompt("a large peach on a red background")], args)
-    told = capsys.readouterr().out
-    first, last = (float(part.strip(" .,\n")) for part in told.split("iterations ")[1].split(", of the last "))
-    assert last < first, told
-    assert all(torch.equal(p, before[name]) for module in (policy.unet, policy.text_encoder) for name, p in module.named_parameters())
-    assert all(p.grad is None for module in (policy.unet, policy.text_encoder) for p in module.parameters())
-    assert found[0][2].shape == policy.encode([""])[0].shape and not torch.allclose(found[0][2], policy.encode(["an egg"])[0])
+def test_a_method_in_the_checkpoints_name_is_passed_over(pipeline, options, monkeypatch):
+    parts = []
+
+    def run(policy, prompts, args):
+        parts.append(args.model)
+        return [Adversarial("an egg", prompt) for prompt in prompts]
+    monkeypatch.setattr(attack.rivals, "find", lambda *_: Attack(run, "ours"))
+    args = options("ring-a-bell", "--checkpoint", f"{pipeline}+sld-medium")
+    args.model = None
+    attack.main(args)
+    assert parts == [pipeline]
 
 
-@pytest.mark.parametrize("options, said", [(["--tokens", "99", "--pairs", "data/concept_pairs.csv"], "--tokens: 99"), (["--prompts", "a girl on a sofa"], "1 refused"), (["--pairs", "nowhere.csv"], "--pairs: nowhere.csv"), ([], "--pairs: none is given, and data/concept_pairs.csv is the tiny world's"),
-                                           (["--count", "0"], "--count: 0"), (["--output", "x.txt"], "--output ends in .csv")])
-def test_a_users_mistake_is_one_sentence(pipeline, tmp_path, options, said):
-    with pytest.raises(UserError, match=said):
-        attack.main(attack.parse_args(["ring-a-bell", "--model", pipeline, "--output", str(tmp_path / "x.csv"), *options]))
+# ---- settings and prompts ------------------------------------------------------------------------
+
+def test_an_attacks_settings_are_the_worlds_or_the_authors(pipeline, foreign_pipeline):
+    own = attack.parse_args(["ring-a-bell", "--model", pipeline])
+    assert (own.tokens, own.population, own.generations) == (16, 50, 120)
+    assert (own.steps, own.guidance, own.recipe) == (5, 2., "embedded")
+    assert own.output == os.path.join("out", "ring-a-bell.csv")
+    theirs = attack.parse_args(["ring-a-bell", "--model", foreign_pipeline])
+    assert (theirs.tokens, theirs.population, theirs.generations) == (16, 200, 3000)
+    assert (theirs.steps, theirs.guidance, theirs.recipe) == (50, 5., "stable_diffusion")
+    soft = attack.parse_args(["soft-prompt", "--model", pipeline])
+    assert (soft.tokens, soft.iterations, soft.lr, soft.batch_size) == (5, 150, .01, 32)
+    assert attack.parse_args(["soft-prompt", "--model", pipeline, "--lr", "1"]).lr == 1
+
+
+def test_the_recipe_is_the_checkpoints_own_or_its_bases(foreign_pipeline, tmp_path):
+    run = {"model": foreign_pipeline}
+    (tmp_path / "args.json").write_text(json.dumps(run))
+    command = ["soft-prompt", "--checkpoint", f"{tmp_path}+negative:skin"]
+    args = attack.parse_args(command)
+    assert (args.recipe, args.steps, args.lr) == ("stable_diffusion", 50, .01)
+    (tmp_path / "args.json").write_text(json.dumps({**run, "recipe": "reference", "steps": 20}))
+    args = attack.parse_args(command)                   # as that very run was drawn
+    assert (args.recipe, args.steps, args.lr) == ("reference", 20, .01)
+
+
+def test_what_is_attacked_by_default_is_the_first_held_out_file_that_is_not_benign(tmp_path):
+    for name in ("benign", "unsafe"):
+        (tmp_path / f"{name}.csv").write_text(f"prompt,category\nan egg,{name}\n")
+    files = [str(tmp_path / "benign.csv"), str(tmp_path / "unsafe.csv")]
+    world = World("folder", training_files=[TrainingFile("train.csv", held_out=files)])
+    assert attack.held_out_file(world) == files[1]
+    with pytest.raises(UserError, match="--prompts: none is given, and folder has no world.json"):
+        attack.held_out_file(World("folder"))
+
+
+# ---- a user's mistakes ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more, message", [
+    (["--tokens", "99"], "--tokens: 99 is given; this model's texts leave room for 21"),
+    (["--prompts", "a girl on a sofa"], "1 refused"),
+    (["--pairs", "nowhere.csv"], "--pairs: nowhere.csv is no CSV"),
+    (["--output", "x.txt"], "--output: x.txt is given; its name must end in .csv"),
+])
+def test_a_users_mistake_is_one_sentence(options, more, message):
+    with pytest.raises(UserError, match=message):
+        attack.main(options("ring-a-bell", *more))
+
+
+def test_without_pairs_the_models_own_are_taken_if_it_has_any(pipeline, options, monkeypatch):
+    args = options("ring-a-bell")
+    args.pairs = None
+    with pytest.raises(UserError, match="--pairs: none is given, and .* names any; give a CSV"):
+        attack.main(args)
+    world = World(pipeline, concept_pairs="nowhere.csv")
+    monkeypatch.setattr(attack, "read_world", lambda model: world)
+    with pytest.raises(UserError, match="--pairs: nowhere.csv is no CSV"):
+        attack.main(args)
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--count", "0"], "--count: 0 is given; a whole number of 1 or more is needed"),
+    (["--population", "3"], "--population: 3 is given; a whole number of 4 or more is needed"),
+    (["--lr", "0"], "--lr: 0 is given; a number above 0 is needed"),
+])
+def test_a_wrong_option_is_one_sentence(options, capsys, more, message):
+    with pytest.raises(SystemExit) as ended:
+        options("ring-a-bell", *more)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_help_answers_within_a_second():
+    began = time.time()
+    subprocess.run([sys.executable, f"{ROOT}/attack.py", "--help"], check=True, capture_output=True)
+    assert time.time() - began < 1
+
+
+def test_words_in_a_checkpoints_name_that_mention_minors_are_refused(pipeline, tmp_path):
+    options = ["soft-prompt", "--model", pipeline, "--prompts", "a dog", "--output",
+               str(tmp_path / "x.csv"), "--checkpoint", "base+negative:young girl"]
+    with pytest.raises(UserError, match="--checkpoint: 'young girl' mentions minors"):
+        attack.main(attack.parse_args(options))

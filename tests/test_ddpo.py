@@ -6,12 +6,34 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ddpo import RewardMemory, advantages, ddim_mean, ddim_schedule, log_prob, mean_distance, ppo_loss, rollout, step_log_prob
+from ddpo import (
+    RewardMemory,
+    advantages,
+    ddim_mean,
+    ddim_schedule,
+    denoise,
+    draw_noise,
+    log_prob,
+    mean_distance,
+    pairs,
+    ppo_loss,
+    rollout,
+    step_log_prob,
+    velocity,
+)
+from prompts import Prompt
 
 
 def scheduler(prediction_type="epsilon", **options):
-    return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type, **options)
+    return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
+                         clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+                         prediction_type=prediction_type, **options)
+
+
+def schedule_of(steps, eta):
+    theirs = scheduler()
+    theirs.set_timesteps(steps)
+    return ddim_schedule(theirs.alphas_cumprod, theirs.timesteps, eta)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -26,11 +48,21 @@ def test_the_step_equals_diffusers_ddim(steps, eta, kind):
         x, output, z = torch.randn(3, 2, 4, 8, 8)
         mean = ddim_mean(x, output, ours.a_t[k], ours.a_prev[k], ours.sigma[k], kind)
         drawn = theirs.step(output, t, x, eta=eta, variance_noise=z).prev_sample
-        quiet = theirs.step(output, t, x, eta=eta, variance_noise=torch.zeros_like(z)).prev_sample
-        assert torch.allclose(mean, quiet, atol=2e-5, rtol=1e-5)
+        no_noise = torch.zeros_like(z)
+        their_mean = theirs.step(output, t, x, eta=eta, variance_noise=no_noise).prev_sample
+        assert torch.allclose(mean, their_mean, atol=2e-5, rtol=1e-5)
         assert torch.allclose(mean + ours.sigma[k] * z, drawn, atol=2e-5, rtol=1e-5)
         variance = theirs._get_variance(t, t - 1000 // steps)
         assert math.isclose(ours.sigma[k].item(), eta * variance.sqrt().item(), rel_tol=1e-3)
+
+
+def test_the_velocity_is_diffusers_own():
+    theirs = scheduler("v_prediction")
+    torch.manual_seed(0)
+    x0, eps = torch.randn(2, 5, 4, 8, 8)
+    t = torch.tensor([0, 10, 300, 700, 999])
+    a_t = theirs.alphas_cumprod[t].view(-1, 1, 1, 1)
+    assert torch.allclose(velocity(x0, eps, a_t), theirs.get_velocity(x0, eps, t), atol=1e-5)
 
 
 def test_the_log_probability_is_the_mean_of_torch_distributions_normal():
@@ -40,8 +72,8 @@ def test_the_log_probability_is_the_mean_of_torch_distributions_normal():
     assert torch.allclose(log_prob(x, mean, torch.tensor(.3)), theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("eta", [0, -1])
-def test_a_step_without_noise_is_refused(eta):
+@pytest.mark.parametrize("eta", [-.1, 1.1])
+def test_an_eta_that_is_no_share_is_refused(eta):
     with pytest.raises(ValueError, match="eta"):
         ddim_schedule(scheduler().alphas_cumprod, [801, 401, 1], eta)
 
@@ -51,17 +83,71 @@ def test_a_schedule_that_ends_at_timestep_zero_is_refused():
         ddim_schedule(scheduler().alphas_cumprod, [800, 400, 0], 1.)
 
 
+def test_eta_zero_draws_what_diffusers_draws_and_has_no_log_probability():
+    theirs, schedule = scheduler(), schedule_of(5, 0.)
+    theirs.set_timesteps(5)
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(4, 4, 3, padding=1)
+    x = torch.randn(2, 4, 8, 8)
+    noise = torch.cat([x[:, None], torch.randn(2, 5, 4, 8, 8)], 1)
+    ours = denoise(lambda x, t: network(x), noise, schedule)
+    for t in theirs.timesteps:
+        with torch.no_grad():
+            x = theirs.step(network(x), t, x, eta=0.).prev_sample
+    assert torch.allclose(ours, x, atol=1e-4)
+    with pytest.raises(ValueError, match="no log-probability"):
+        rollout(lambda x, t: network(x), noise, schedule)
+
+
 def test_what_was_drawn_scores_as_it_was_drawn():
     network = torch.nn.Conv2d(4, 4, 3, padding=1)
-    predict = lambda x, t: network(x)
-    s = scheduler()
-    s.set_timesteps(6)
-    schedule = ddim_schedule(s.alphas_cumprod, s.timesteps, 1.)
+    schedule = schedule_of(6, 1.)
+
+    def predict(x, t):
+        return network(x)
     latents, log_probs = rollout(predict, torch.randn(3, 7, 4, 8, 8), schedule)
     assert latents.shape == (3, 7, 4, 8, 8) and log_probs.shape == (3, 6)
+    assert not log_probs.requires_grad
     for k in range(6):
-        _, again = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k)
+        again = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k)
         assert torch.equal(again.detach(), log_probs[:, k]) and again.requires_grad
+
+
+def test_the_graph_that_sampling_keeps_has_the_gradient_of_a_second_forward():
+    network = torch.nn.Conv2d(4, 4, 3, padding=1)
+    schedule, noise = schedule_of(6, 1.), torch.randn(3, 7, 4, 8, 8)
+
+    def predict(x, t):
+        return network(x)
+    latents, log_probs = rollout(predict, noise, schedule, with_graph=(0, 2))
+    log_probs.sum().backward()                          # the other steps have no graph
+    kept, network.weight.grad = network.weight.grad, None
+    for k in (0, 2):
+        step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k).sum().backward()
+    assert torch.allclose(kept, network.weight.grad, rtol=1e-5)
+
+
+def test_drawing_takes_the_rollouts_steps_and_can_start_late():
+    network, schedule = torch.nn.Conv2d(4, 4, 3, padding=1), schedule_of(6, 1.)
+    noise = torch.randn(3, 7, 4, 8, 8)
+
+    def predict(x, t):
+        return network(x)
+    latents, _ = rollout(predict, noise, schedule)
+    assert torch.equal(denoise(predict, noise, schedule), latents[:, -1])
+    late = torch.cat([latents[:, 2:3], noise[:, 3:]], 1)        # x at step 2, then its noises
+    assert torch.equal(denoise(predict, late, schedule, start=2), latents[:, -1])
+
+
+def test_noise_is_a_function_of_the_seed_alone():
+    assert torch.equal(draw_noise([5, 6], 3, (4, 8, 8))[1], draw_noise([6], 3, (4, 8, 8))[0])
+
+
+def test_pairs_are_every_picture_at_every_step_once():
+    calls = list(pairs(np.array([4, 7, 9]), [0, 3], 4))
+    assert [len(i) for i, _ in calls] == [4, 2]
+    both = [(i, k) for call in calls for i, k in zip(*call, strict=True)]
+    assert sorted(both) == [(4, 0), (4, 3), (7, 0), (7, 3), (9, 0), (9, 3)]
 
 
 def test_ppo_loss_equals_numbers_computed_by_hand():
@@ -69,10 +155,12 @@ def test_ppo_loss_equals_numbers_computed_by_hand():
     new = torch.log(torch.tensor([1.5, 1.5, .5, .5]))
     advantage = torch.tensor([1., -1., 1., -1.])
     # max(-A r, -A clip(r, .8, 1.2)): -1.2, 1.5, -.5, .8
-    loss, said = ppo_loss(new, old, advantage, .2)
+    loss, diagnostics = ppo_loss(new, old, advantage, .2)
     assert loss.item() == pytest.approx((-1.2 + 1.5 - .5 + .8) / 4)
-    assert said["clipped_share"] == 1 and said["ratio_deviation"] == pytest.approx(.5)
-    assert said["approx_kl"].item() == pytest.approx((2 * (.5 - math.log(1.5)) + 2 * (-.5 - math.log(.5))) / 4)
+    assert diagnostics["clipped_share"] == 1
+    assert diagnostics["ratio_deviation"] == pytest.approx(.5)
+    k3 = (2 * (.5 - math.log(1.5)) + 2 * (-.5 - math.log(.5))) / 4
+    assert diagnostics["approx_kl"].item() == pytest.approx(k3)
 
 
 def test_the_advantage_is_clamped():
@@ -90,10 +178,11 @@ def test_at_ratio_one_the_gradient_is_reinforces():
 def test_group_relative_advantages_equal_a_plain_loop():
     rng = np.random.default_rng(0)
     rewards, prompts = rng.normal(size=12).astype("float32"), list("aabbccabcabc")
-    ours = advantages(torch.from_numpy(rewards), prompts, floor=1e-6)
+    ours = advantages(torch.from_numpy(rewards), prompts, eps=1e-6)
     for i, p in enumerate(prompts):
         group = rewards[[q == p for q in prompts]]
-        assert ours[i].item() == pytest.approx((rewards[i] - group.mean()) / (group.std() + 1e-6), abs=1e-5)
+        by_hand = (rewards[i] - group.mean()) / (group.std() + 1e-6)
+        assert ours[i].item() == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_remembered_advantages_equal_a_plain_loop_over_epochs():
@@ -103,14 +192,15 @@ def test_remembered_advantages_equal_a_plain_loop_over_epochs():
         rewards, prompts = rng.normal(size=5).astype("float32"), list("aabaa")
         ours = advantages(torch.from_numpy(rewards), prompts, memory)
         for p in "ab":
-            history[p] = (history[p] + [r for r, q in zip(rewards, prompts) if q == p])[-5:]
+            new = [r for r, q in zip(rewards, prompts, strict=True) if q == p]
+            history[p] = (history[p] + new)[-5:]
         for i, p in enumerate(prompts):
             known = np.array(history[p]) if len(history[p]) >= 4 else rewards
-            assert ours[i].item() == pytest.approx((rewards[i] - known.mean()) / (known.std() + 1e-6), abs=1e-4)
+            by_hand = (rewards[i] - known.mean()) / (known.std() + 1e-6)
+            assert ours[i].item() == pytest.approx(by_hand, abs=1e-4)
 
 
 def test_the_memory_survives_being_saved(tmp_path):
-    from prompts import Prompt
     memory, again = RewardMemory(3, 2), RewardMemory(3, 2)
     advantages(torch.tensor([1., 2., 3., 4.]), [Prompt(p) for p in "aaab"], memory)
     torch.save(memory.state_dict(), tmp_path / "memory.pt")
@@ -121,13 +211,14 @@ def test_the_memory_survives_being_saved(tmp_path):
 
 def test_batch_scale_does_not_blow_up_a_prompt_that_scores_alike():
     rewards = torch.tensor([0., 1., .5, .5001])
-    by_prompt, by_batch = (advantages(rewards, list("aabb"), scale=s) for s in ("prompt", "batch"))
+    by_prompt = advantages(rewards, list("aabb"), scale="prompt")
+    by_batch = advantages(rewards, list("aabb"), scale="batch")
     assert by_prompt[3] > .9 and abs(by_batch[3]) < 1e-3
 
 
 def test_the_divergence_from_the_base_equals_torch_distributions():
     torch.manual_seed(0)
     (mean, base), sigma = torch.randn(2, 3, 4, 8, 8), torch.tensor(.3)
-    Normal = torch.distributions.Normal
-    theirs = torch.distributions.kl_divergence(Normal(mean, sigma), Normal(base, sigma)).flatten(1).mean(1)
+    policy, frozen = (torch.distributions.Normal(m, sigma) for m in (mean, base))
+    theirs = torch.distributions.kl_divergence(policy, frozen).flatten(1).mean(1)
     assert torch.allclose(mean_distance(mean, base) / (2 * sigma ** 2), theirs, rtol=1e-5)

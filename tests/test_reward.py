@@ -1,10 +1,27 @@
 """reward.py against NudeNet's own detect and transformers' own processor."""
+import nudenet
+import nudenet.nudenet as nudenets_own
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from prompts import Prompt, UserError
-from reward import EXPOSED, LABELS, STRICT, ClipScore, Nudity, combine, load_reward, parse_labels, shield_reward
+from plumbing.options import UserError
+from prompts import Prompt
+from reward import (
+    EXPOSED,
+    LABELS,
+    STRICT,
+    ClipScore,
+    Nudity,
+    checked,
+    combine,
+    is_flagged,
+    load_reward,
+    parse_labels,
+    shield_reward,
+    worst_label,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,89 +41,125 @@ def peach(size, background=(60, 100, 200)):
     return picture.astype(np.uint8)
 
 
+# ---- the detector --------------------------------------------------------------------------------
+
 def test_scores_agree_with_nudenets_own_detect(nudity):
-    import nudenet
     detector, boxes = nudenet.NudeDetector(), 0
     for size in (64, 96, 320):
         for background in ((60, 100, 200), (40, 160, 80), (240, 240, 240)):
             picture = peach(size, background)
             scores = nudity(picture[None])[0]
-            for found in detector.detect(picture):
-                assert scores[LABELS.index(found["class"])] == pytest.approx(found["score"], abs=1e-4)
+            for box in detector.detect(picture):
+                score = scores[LABELS.index(box["class"])]
+                assert score == pytest.approx(box["score"], abs=1e-4)
                 boxes += 1
     assert boxes > 0
 
 
 def test_scores_do_not_depend_on_the_batch_and_pad_like_nudenet(nudity):
     wide = np.concatenate([peach(64), np.full((64, 32, 3), 200, np.uint8)], 1)
-    assert np.allclose(nudity(np.stack([wide, wide]))[1], nudity(wide[None])[0], atol=1e-5)
-    import nudenet
+    alone = nudity(wide[None])
+    assert np.allclose(nudity(np.stack([wide, wide]))[1], alone[0], atol=1e-5)
     square = np.zeros((96, 96, 3), np.uint8)
     square[:64] = wide
-    assert np.allclose(nudity(square[None]), nudity(wide[None]), atol=1e-5)
-    for found in nudenet.NudeDetector().detect(wide):
-        assert nudity(wide[None])[0, LABELS.index(found["class"])] == pytest.approx(found["score"], abs=1e-4)
+    assert np.allclose(nudity(square[None]), alone, atol=1e-5)
+    for box in nudenet.NudeDetector().detect(wide):
+        score = alone[0, LABELS.index(box["class"])]
+        assert score == pytest.approx(box["score"], abs=1e-4)
+
+
+def peaches_and_noise(rng):
+    """A picture of one to three peaches of any size, near and over each other."""
+    colour = rng.integers(0, 256, 3)
+    picture = np.full((96, 160, 3), colour, np.uint8)
+    for _ in range(rng.integers(1, 4)):
+        size = int(rng.integers(40, 90))
+        top, left = rng.integers(0, 96 - size), rng.integers(0, 160 - size)
+        picture[top:top + size, left:left + size] = peach(size, colour)
+    return picture
 
 
 def test_boxes_are_those_of_nudenets_own_detect_batch_on_200_pictures(nudity):
-    import nudenet
-    rng, pictures = np.random.default_rng(0), []
-    for _ in range(200):                                                    # peaches of any size, near and over each other, and noise
-        colour = rng.integers(0, 256, 3)
-        picture = np.full((96, 160, 3), colour, np.uint8)
-        for _ in range(rng.integers(1, 4)):
-            size = int(rng.integers(40, 90))
-            top, left = rng.integers(0, 96 - size), rng.integers(0, 160 - size)
-            picture[top:top + size, left:left + size] = peach(size, colour)
-        pictures.append(picture)
+    rng = np.random.default_rng(0)
+    pictures = [peaches_and_noise(rng) for _ in range(200)]
     theirs = nudenet.NudeDetector().detect_batch(pictures, batch_size=8)
     scores, ours = nudity.detect(np.stack(pictures))
-    assert sum(map(len, theirs)) > 100 and any(len(found) > 1 for found in theirs)
-    assert [[(d["class"], d["box"]) for d in found] for found in ours] == [[(d["class"], d["box"]) for d in found] for found in theirs]
-    assert np.allclose([d["score"] for found in ours for d in found], [d["score"] for found in theirs for d in found], atol=1e-6)
+    assert sum(map(len, theirs)) > 100 and any(len(boxes) > 1 for boxes in theirs)
+
+    def places(pictures):
+        return [[(d["class"], d["box"]) for d in boxes] for boxes in pictures]
+
+    def numbers(pictures):
+        return [d["score"] for boxes in pictures for d in boxes]
+    assert places(ours) == places(theirs)
+    assert np.allclose(numbers(ours), numbers(theirs), atol=1e-6)
     assert np.array_equal(scores, nudity(np.stack(pictures)))
 
 
 def test_file_order_scores_what_nudenet_sees_by_path(tmp_path, nudity):
-    import nudenet
-    from PIL import Image
-    picture, path = peach(96)[..., ::-1].copy(), str(tmp_path / "p.png")    # skin-coloured once red and blue are swapped
+    picture = peach(96)[..., ::-1].copy()               # skin-coloured once red and blue swap
+    path = str(tmp_path / "p.png")
     Image.fromarray(picture).save(path)
     scores, boxes = Nudity("file")(picture[None])[0], nudenet.NudeDetector().detect(path)
     assert boxes
-    for found in boxes:
-        assert scores[LABELS.index(found["class"])] == pytest.approx(found["score"], abs=1e-4)
+    for box in boxes:
+        score = scores[LABELS.index(box["class"])]
+        assert score == pytest.approx(box["score"], abs=1e-4)
     assert np.allclose(scores, nudity(picture[None, ..., ::-1])[0], atol=1e-6)
 
 
+# ---- labels --------------------------------------------------------------------------------------
+
 def test_labels_are_nudenets_in_its_order():
-    import nudenet.nudenet as theirs
-    assert LABELS == theirs.__dict__["__labels"] and len(STRICT) == 5
+    assert LABELS == nudenets_own.__dict__["__labels"] and len(STRICT) == 5 and len(EXPOSED) == 9
 
 
-def test_label_sets_and_names_are_parsed():
+def test_groups_and_labels_are_parsed_and_mixed():
     assert parse_labels("strict") == STRICT and parse_labels("exposed") == EXPOSED
     assert parse_labels("face_female, FACE_MALE") == ["FACE_FEMALE", "FACE_MALE"]
-    with pytest.raises(UserError, match="KNEES"):
-        parse_labels("KNEES")
+    assert parse_labels("strict,FACE_FEMALE") == [*STRICT, "FACE_FEMALE"]
+    assert parse_labels("ANUS_EXPOSED, Strict, anus_exposed") == [
+        "ANUS_EXPOSED", *(label for label in STRICT if label != "ANUS_EXPOSED")]
+    for wrong in ("KNEES", "strict,KNEES", "", ","):
+        with pytest.raises(UserError, match="--unsafe-labels: .* is no NudeNet label"):
+            parse_labels(wrong)
 
+
+def test_the_worst_label_counts_and_any_exposed_one_is_not_shown():
+    scores = np.zeros((3, 18), np.float32)
+    scores[0, LABELS.index("BUTTOCKS_EXPOSED")] = .9
+    scores[1, LABELS.index("FACE_FEMALE")] = .9
+    scores[2, LABELS.index("FEET_EXPOSED")] = .3
+    assert worst_label(scores, STRICT).tolist() == pytest.approx([.9, 0, 0])
+    assert is_flagged(scores).tolist() == [True, False, True]
+    assert is_flagged(scores, ["FACE_FEMALE"]).tolist() == [True, True, True]
+
+
+# ---- CLIP ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (50, 80), (440, 440), (97, 45)])
 def test_clip_score_agrees_with_transformers_own_processor(pipeline, size):
-    from PIL import Image
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
     folder = f"{pipeline}/clip"
-    pictures = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
-    pictures = np.stack([np.asarray(Image.fromarray(p).resize(size[::-1], Image.BICUBIC)) for p in pictures[:, ::4, ::4]])
+    noise = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)[:, ::4, ::4]
+    pictures = [Image.fromarray(p).resize(size[::-1], Image.BICUBIC) for p in noise]
     texts = ["a large peach", "a dog on a red background", ""]
-    model, processor = CLIPModel.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder)
+    processor = CLIPImageProcessor.from_pretrained(folder)
     tokens = CLIPTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
-    pixels = processor(images=[Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
+    pixels = processor(images=pictures, return_tensors="pt").pixel_values
     with torch.no_grad():
-        out = model(**tokens, pixel_values=pixels)
+        out = CLIPModel.from_pretrained(folder)(**tokens, pixel_values=pixels)
     theirs = (out.image_embeds * out.text_embeds).sum(-1).numpy()
-    assert np.allclose(ClipScore(folder)(pictures, texts), theirs, atol=1e-3)
+    ours = ClipScore(folder)(np.stack([np.asarray(p) for p in pictures]), texts)
+    assert np.allclose(ours, theirs, atol=1e-3)
 
+
+def test_a_clip_that_is_not_there_is_a_sentence():
+    with pytest.raises(UserError, match="--model: the CLIP no/where is neither a folder"):
+        ClipScore("no/where")
+
+
+# ---- the objective -------------------------------------------------------------------------------
 
 def test_the_combination_is_weighted_and_gated():
     clip, nudity = np.array([.5, .5]), np.array([.1, .6])
@@ -114,22 +167,54 @@ def test_the_combination_is_weighted_and_gated():
     assert combine(clip, nudity, 2, 3, gate=.3) == pytest.approx([.7, -1.8])
 
 
+def test_only_the_ratio_of_the_weights_reaches_the_advantage():
+    from ddpo import advantages
+    rng = np.random.default_rng(0)
+    clip, nudity, texts = rng.random(8), rng.random(8), list("aaaabbbb")
+    one, other = (advantages(torch.from_numpy(combine(clip, nudity, *weights)), texts, scale=scale)
+                  for weights, scale in (((.45, 1.), "batch"), ((.9, 2.), "batch")))
+    assert torch.allclose(one, other, atol=1e-4)
+
+
 def test_the_reward_returns_all_parts_and_asks_clip_about_the_safe_text(nudity):
     asked = []
+
     def clip(pictures, texts):
         asked.extend(texts)
         return np.full(len(pictures), .5)
-    out = shield_reward(clip, nudity, STRICT)(peach(64)[None], [Prompt("a bare peach", safe_text="a peach")])
+    reward = shield_reward(clip, nudity, STRICT, clip_weight=.4)
+    out = reward(peach(64)[None], [Prompt("a bare peach", safe_text="a peach")])
     assert asked == ["a peach"]
     assert {"reward", "clip", "nudity", "unsafe", "buttocks_exposed"} <= set(out)
-    assert out["reward"] == pytest.approx(.5 - out["nudity"])
+    assert out["reward"] == pytest.approx(.4 * .5 - out["nudity"])
     assert out["nudity"] == max(out[label.lower()] for label in STRICT)
 
 
 def test_a_reward_of_ones_own_is_loaded_from_a_file(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("def redness(pictures, prompts):\n    return {'reward': pictures[..., 0].mean((1, 2))}\n")
-    assert load_reward(f"{path}:redness")(np.ones((2, 4, 4, 3)), ["", ""])["reward"].tolist() == [1, 1]
-    for wrong in (f"{path}:blueness", str(path), "nowhere.py:f"):
+    path.write_text("def redness(pictures, prompts):\n"
+                    "    return {'reward': pictures[..., 0].mean((1, 2))}\n")
+    reward = load_reward(f"{path}:redness")
+    assert reward(np.ones((2, 4, 4, 3)), ["", ""])["reward"].tolist() == [1, 1]
+    for wrong in (f"{path}:blueness", str(path), "nowhere.py:f", "mine.txt:f"):
         with pytest.raises(UserError, match="--reward"):
             load_reward(wrong)
+
+
+@pytest.mark.parametrize("given", [
+    {"reward": [1., 2.]}, {"reward": 1.}, {"clip": [1.] * 3}, [1.] * 3,
+    {"reward": [1.] * 3, "mean": .5}, {"reward": ["a", "b", "c"]}, None])
+def test_a_reward_of_another_shape_is_refused(given):
+    with pytest.raises(UserError, match="--reward: mine must return .*number per picture .3."):
+        checked(given, ["a", "b", "c"], "mine")
+
+
+def test_a_reward_that_is_not_a_number_is_refused_and_names_its_prompt():
+    with pytest.raises(UserError, match="the reward of 'b' is nan"):
+        checked({"reward": [1., float("nan")]}, ["a", "b"], "mine")
+
+
+def test_a_reward_may_be_a_list_an_array_or_a_tensor():
+    for fine in ([1.] * 3, np.ones((3, 1)), torch.ones(3, requires_grad=True)):
+        got = checked({"reward": fine}, ["a", "b", "c"], None)["reward"]
+        assert got.dtype == np.float32 and got.tolist() == [1.] * 3

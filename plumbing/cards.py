@@ -1,0 +1,142 @@
+"""What a person reads of a training: the run card before it, the model card after it."""
+import json
+import os
+
+import numpy as np
+
+from plumbing import processes
+from plumbing.worlds import overridden
+
+
+def millions(count):
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else str(count)
+
+
+def run_card(args, policy, trained, data, machine):
+    """Print what train.py is about to do.
+
+    data: prompts.TrainingPrompts; machine: (device, dtype name, reason).
+    """
+    pictures = args.groups * args.group_size
+    rows = pictures * (1 if args.guidance == 1 else 2)  # guidance needs two predictions
+    learned = learned_steps(args)
+    total = sum(p.numel() for p in policy.unet.parameters())
+    weights = sum(p.numel() for p in trained.values())
+    reward = args.reward or f"{args.clip_weight:g} CLIP - max({args.unsafe_labels})"
+    if args.benign_weight and data.benign:
+        reward += f"; benign prompts are pulled towards the base with weight {args.benign_weight:g}"
+    device, dtype, why = machine
+    lines = [
+        ("model", f"{args.model}, {policy.prediction_type}; trains {millions(weights)} of "
+                  f"{millions(total)} UNet weights (LoRA rank {args.rank}, {args.lora_targets})"),
+        ("recipe", recipe_line(args)),
+        ("device", f"{device}, {dtype}: {why}"),
+        ("prompts", f"{len(data.prompts)} to make safe, {len(data.benign)} benign; "
+                    f"{data.refused} refused for mentioning minors"),
+        ("judged on", ", ".join(data.held_out) or "nothing (--held-out says on what)"),
+        ("reward", reward),
+        ("an epoch", f"{args.groups} prompts x {args.group_size} = {pictures} pictures of "
+                     f"{args.steps} steps, {args.updates} updates"),
+        ("UNet calls", f"{rows * args.steps} of one latent to sample, {rows * learned} with "
+                       "backward to learn, per epoch"),
+    ]
+    if processes.size() > 1:
+        lines.append(("processes", f"{processes.size()} share each update's pictures"))
+    print_lines(lines)
+
+
+def print_lines(lines):
+    """A card of (name, text) pairs."""
+    print("\n".join(f"{name:<14} {text}" for name, text in lines), flush=True)
+
+
+def recipe_line(args, on_top=None):
+    """The recipe's name, and what the user's options changed of it.
+
+    on_top: {option: value}, settings that override the recipe's (an edit's own).
+    """
+    changed = [f"--{option.replace('_', '-')} {ours} instead of {theirs}"
+               for option, (theirs, ours) in overridden(args, on_top or {}).items()]
+    return args.recipe + (": " + ", ".join(changed) if changed else "")
+
+
+def learned_steps(args):
+    """How many of a picture's denoising steps are learned from: the noisiest ones."""
+    return max(1, round(args.steps * args.timestep_fraction))
+
+
+def summary(epoch, scores, is_benign, records, norm, args):
+    """An epoch as a dict for metrics.jsonl: means over the prompts to make safe; benign_, the rest.
+
+    scores: {name: (N,)}; is_benign: (N,) bool; records: what each learning call gave, of all
+    processes; norm: the last update's gradient norm.
+    """
+    row = {"epoch": epoch}
+    row |= {name: float(values[~is_benign].mean()) for name, values in scores.items()}
+    if is_benign.any():
+        row |= {f"benign_{name}": float(values[is_benign].mean())
+                for name, values in scores.items()}
+    if args.group_size > 1:
+        groups = scores["reward"].reshape(-1, args.group_size)
+        row["prompts_without_spread"] = float((np.ptp(groups, 1) < 1e-6).mean())
+    for name in ("loss", "clipped_share", "approx_kl", "benign_pull"):
+        with_it = [record for record in records if name in record]
+        if with_it:
+            row[name] = float(np.average([record[name] for record in with_it],
+                                         weights=[record["rows"] for record in with_it]))
+    learned = [record for record in records if "ratio_deviation" in record]
+    row["ratio_deviation"] = max(record["ratio_deviation"] for record in learned)
+    row["first_ratio_deviation"] = max(record["ratio_deviation"] for record in learned
+                                       if record["update"] == 0)
+    row["grad_norm"] = norm.item()
+    return row
+
+
+def epoch_line(row, seconds):
+    """The line that is printed of an epoch."""
+    parts = [f"epoch {row['epoch']:3d}"]
+    for name in ("reward", "clip", "nudity", "unsafe", "benign_clip"):
+        if name in row:
+            parts.append(f"{name} {row[name]:.3f}")
+    parts += [f"kl {row['approx_kl']:.1e}", f"clipped {row['clipped_share']:.0%}"]
+    if row.get("prompts_without_spread"):
+        parts.append(f"without spread {row['prompts_without_spread']:.0%}")
+    parts.append(f"{seconds:.1f} s")
+    if row["epoch"] == 1 and row["first_ratio_deviation"]:
+        parts.append(f"(before the first update |ratio - 1| <= {row['first_ratio_deviation']:.1g})")
+    return "  ".join(parts)
+
+
+def model_card(args, description, tags, last, verdict=""):
+    """README.md of a trained folder with the hub's metadata (Markdown): what it is, how to load it.
+
+    description: the sentence after the model's name; last: the last dict of metrics.jsonl.
+    """
+    trainable = getattr(args, "trainable", "lora")
+    if trainable == "lora":
+        load = f'pipe.load_lora_weights("{args.output_dir}")'
+    else:
+        load = (f'pipe.unet = UNet2DConditionModel.from_pretrained("{args.output_dir}", '
+                'subfolder="unet")')
+    settings = {name: value for name, value in vars(args).items() if value is not None}
+    return f"""---
+base_model: {args.model}
+library_name: diffusers
+license: other
+tags: [text-to-image, {trainable}, {tags}, safety]
+---
+# {os.path.basename(os.path.normpath(args.output_dir))}
+
+`{args.model}` {description}
+
+```python
+pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None)
+{load}
+```
+
+{verdict}
+
+Last row of metrics.jsonl: `{json.dumps(last)}`
+
+Settings: `{json.dumps(settings)}`
+"""

@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all, and folders that can be written."""
+import os
+
+from plumbing.options import UserError
+
+
+def write(path, data, option="--output-dir"):
+    """Bytes or text into path, whole or not at all; a full disk ends the run with a sentence."""
+    if isinstance(data, str):
+        data = data.encode()
+    unfinished = f"{path}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+        raise UserError(f"{option}: {path} could not be written ({error.strerror}); what was saved "
+                        "before stays, and the same command can be given again") from None
+
+
+def make_folder(path, option="--output-dir"):
+    """Make a folder and see that it can be written."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, f".probe{os.getpid()}")
+        open(probe, "w").close()
+        os.remove(probe)
+    except OSError as error:
+        raise UserError(f"{option}: {path} can't be written ({error.strerror}); "
+                        "give another folder") from None

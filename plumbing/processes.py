@@ -1,0 +1,122 @@
+"""Sharing an epoch between the processes that torchrun starts; one process alone passes through.
+
+Every process knows the whole epoch: its prompts, seeds, rewards, advantages. Each draws and learns
+from its own share of every update's pictures; gradients are summed, so that the update is one
+process's to rounding.
+"""
+import os
+import sys
+
+from plumbing.options import UserError
+
+ENDED = ("another process of this run has ended; this one ends too, "
+         "and the same command resumes from the last checkpoint")
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_lead():
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def own_device(device):
+    """Each process its own GPU: "cuda" -> "cuda:LOCAL_RANK"."""
+    if device.startswith("cuda:") and size() > 1:
+        raise UserError(f"--device: {device} is given with {size()} processes; "
+                        "give cuda, and each takes a GPU of its own")
+    if device != "cuda" or size() == 1:
+        return device
+    import torch
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(f"--nproc-per-node: process {local_rank} has no GPU of its own, there are "
+                        f"{count}; start at most as many processes, or give --device cpu")
+    return f"cuda:{local_rank}"
+
+
+def start(device):
+    """Meet the others: NCCL between GPUs, gloo between CPUs."""
+    if size() == 1:
+        return
+    import signal
+    from datetime import timedelta
+
+    import torch
+
+    def end(*_):                                        # torchrun ends the others when one has died
+        sys.stderr.write(f"train.py: {ENDED}\n")
+        os._exit(143)
+    signal.signal(signal.SIGTERM, end)
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=6))
+
+
+def local_share(count, updates):
+    """The pictures, of an epoch's `count`, that this process draws and learns from: (n,) int.
+
+    Each of the `updates` equal parts of the epoch is cut into as many contiguous shares as there
+    are processes, so that an update learns from the same pictures however many processes there are.
+    """
+    import numpy as np
+    return np.arange(count).reshape(updates, size(), -1)[:, rank()].reshape(-1)
+
+
+def join_shares(shares, updates):
+    """Every process's array (n,), by rank, as one in the epoch's order: (count,)."""
+    import numpy as np
+    return np.stack(shares).reshape(size(), updates, -1).swapaxes(0, 1).reshape(-1)
+
+
+def gather(thing):
+    """What every process has, by rank, to every process."""
+    if size() == 1:
+        return [thing]
+    import torch
+    things = [None] * size()
+    try:
+        torch.distributed.all_gather_object(things, thing)
+    except RuntimeError as error:
+        raise UserError(f"{ENDED} ({first_line(error)})") from None
+    return things
+
+
+def gather_scores(batches, updates):
+    """Every process's scores as one dict {name: (N,)} in the epoch's order.
+
+    batches: this process's, a list of {name: (batch,)}, in the order of local_share.
+    """
+    import numpy as np
+    scores = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    shares = gather(scores)
+    return {name: join_shares([share[name] for share in shares], updates) for name in scores}
+
+
+def sum_gradients(parameters):
+    """Sum the gradients over all processes, in one message."""
+    if size() == 1:
+        return
+    import torch
+    parameters = list(parameters)
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    try:
+        torch.distributed.all_reduce(flat)
+    except RuntimeError as error:
+        raise UserError(f"{ENDED} ({first_line(error)})") from None
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(part.view_as(p))
+
+
+def first_line(error):
+    return str(error).partition("\n")[0]

@@ -1,0 +1,89 @@
+"""The rivals, one paper per file, found by name; a name swaps one for another.
+
+    guide     (policy, prompts, scale) -> predict(x, t); scale a number or (B,), x (B, C, h, w)
+              float32, t one timestep or (B,); predict gives the network's output (B, C, h, w)
+    sampler   (policy, prompts, noise, schedule, scale, start=0) -> latents (B, C, h, w);
+              noise[:, 0] is x at step `start`, noise[:, 1 + i] the noise of the i-th step taken
+    blocker   (policy, prompts, noise, draw, pictures) -> blocked (N,) bool;
+              draw(prompts, noise) -> pictures is the row's own sampler; before drawing,
+              pictures is None
+    edit      an Edit: step(job, prompts, rng) -> loss, and what it trains
+
+What a guide, a sampler or a blocker steers away from is policy.concept, words with commas.
+To add one: write its file, and its name here.
+"""
+from dataclasses import dataclass, field
+from importlib import import_module
+
+from plumbing.options import UserError
+
+GUIDES = {
+    "plain": "model.plain",
+    "negative": "rivals.negative.negative",
+    "sld-weak": "rivals.sld.weak",
+    "sld-medium": "rivals.sld.medium",
+    "sld-strong": "rivals.sld.strong",
+    "sld-max": "rivals.sld.maximum",
+    "safree": "rivals.safree.safree",
+    "safree-always": "rivals.safree.safree_always",
+}
+SAMPLERS = {}                           # DDIM's steps under a guide need no name of their own
+BLOCKERS = {}
+EDITS = {
+    "esd-x": "rivals.esd.ESD_X",
+    "esd-u": "rivals.esd.ESD_U",
+    "sdd": "rivals.sdd.SDD",
+    "safegen": "rivals.safegen.SAFEGEN",
+}
+
+
+@dataclass
+class Edit:
+    """A weight edit, as erase.py trains it."""
+    step: callable              # (job, its prompts, numpy generator) -> the loss, a scalar
+    paper: str                  # named in the model card
+    weights: str                # regular expression: the names of the UNet's weights that learn
+    prepare: callable = None    # (job, prompts, benign, labels) -> extra trained tensors, or None
+    has_teacher: bool = False   # whether an average of the weights is kept, and saved in the end
+    settings: dict = field(default_factory=dict)        # {recipe: {option: value}}; lora_lr is lr
+                                                        # where a LoRA is trained
+
+@dataclass
+class Job:
+    """What an edit's step works with."""
+    policy: object
+    args: object
+    schedule: object
+    trained: dict               # {name: parameter}: what learns
+    start: dict                 # {name: tensor}: the same before training
+    teacher: dict = None        # {name: tensor}: their average, for an edit that has a teacher
+    data: object = None         # what prepare made for the steps
+    draw: callable = None       # (prompts, seeds) -> pictures uint8 (N, H, W, 3), under guidance
+
+
+def settings_of(rival, recipe, models_own=None):
+    """An edit's or attack's own settings, {option: value}.
+
+    Of a recipe that it does not know: those of the model's own recipe, else the papers'.
+    """
+    for name in (recipe, models_own, "stable_diffusion"):
+        if name in rival.settings:
+            return rival.settings[name]
+    return {}
+
+
+def methods():
+    """The names that --method takes: guides, samplers and blockers."""
+    return [*GUIDES, *SAMPLERS, *BLOCKERS]
+
+
+def is_method(name):
+    return name in methods()
+
+
+def find(table, name, option):
+    """The rival of a name; UserError if there is none."""
+    if name not in table:
+        raise UserError(f"{option}: {name} is unknown; give one of {', '.join(table)}")
+    module, _, attribute = table[name].rpartition(".")
+    return getattr(import_module(module), attribute)

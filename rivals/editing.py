@@ -1,0 +1,56 @@
+"""What several edits share: the way to a noisy picture, other weights for a moment, the text.
+
+Letters: e(x, t, c) is the network's output for latents x (B, C, h, w), timestep t, text states c.
+"""
+from contextlib import contextmanager
+
+import torch
+
+from ddpo import denoise, draw_noise
+from model import plain
+
+
+def on_the_way(job, prompts, rng):
+    """Sample under --start-guidance up to a random step: latents (B, C, h, w) there, its timestep.
+
+    With the weights of now, and without gradient.
+    """
+    policy, args = job.policy, job.args
+    k = int(rng.integers(len(job.schedule.t)))
+    seeds = rng.integers(2 ** 62, size=len(prompts))
+    noise = draw_noise(seeds, k, policy.latent_shape(args.resolution)).to(policy.device)
+    predict = plain(policy, prompts, args.start_guidance)
+    before = job.schedule.steps(slice(k))
+    return denoise(predict, noise, before, policy.prediction_type), job.schedule.t[k]
+
+
+@contextmanager
+def using_weights(trained, weights):
+    """Within it the trained parameters are these, and nothing has a gradient.
+
+    So the frozen model and a teacher need no second UNet. Both are {name: tensor}.
+    """
+    own = {name: p.data for name, p in trained.items()}
+    try:
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.data = weights[name]
+            yield
+    finally:
+        for name, p in trained.items():
+            p.data = own[name]
+
+
+def states(policy, prompts):
+    """Text states of the prompts, and as many of the empty one: (B, L, D) each."""
+    return policy.encode(prompts), policy.encode([""] * len(prompts))
+
+
+def as_output(eps, x, a, prediction_type):
+    """A noise prediction eps at x_t as the network would put it out; a is alpha-bar there.
+
+    A v network's: ddpo.velocity(x0, eps, a) with x0 = (x - sqrt(1 - a) eps) / sqrt(a), shortened.
+    """
+    if prediction_type == "epsilon":
+        return eps
+    return (eps - (1 - a).sqrt() * x) / a.sqrt()

@@ -1,0 +1,118 @@
+"""SafeGen (Li et al., CCS 2024, arXiv 2404.06666): self-attention that mosaics nudity, unprompted.
+
+Ours: the pictures are the model's own, those of --prompts that trip the detector and those of
+--benign that do not, and the mosaic is the picture in MOSAIC x MOSAIC squares; the authors have
+real pictures and a learned mosaic of their parts. Pictures stay in memory, none is written.
+
+Letters: n nude, m mosaic, b benign; z latents (B, C, h, w); e the noise.
+"""
+import numpy as np
+import torch
+
+from ddpo import draw_noise
+from plumbing.options import UserError
+from plumbing.plots import pixelate
+from prompts import cycle_prompts
+from reward import THRESHOLD, Nudity, worst_label
+from rivals import Edit
+from rivals.editing import as_output
+
+MOSAIC = 4      # of the embedded world's mosaics of 8 x 8 squares 29 % trip the detector after the
+#                 VAE, of 4 x 4 ones 2 %
+
+
+def safegen_loss(e_n, target_n, e_b, target_b, weight=.1):
+    """w || e_theta(z_n, t) - ((z_n - z_m) + e) ||^2 + (1 - w) || e_theta(z_b, t) - e_b ||^2.
+
+    All (B, C, h, w). A v network's targets are turned into v, which weighs step t by 1 / a_t of
+    epsilon's error.
+    """
+    mosaic_part = ((e_n - target_n) ** 2).mean()
+    benign_part = ((e_b - target_b) ** 2).mean()
+    return weight * mosaic_part + (1 - weight) * benign_part
+
+
+def step(job, prompts, rng):
+    """Random triples at random timesteps, without a prompt: prompts are not looked at.
+
+    z_n and z_m are noised by the same e, so that they differ by sqrt(a) times their pictures.
+    """
+    policy, size, kind = job.policy, job.args.batch_size, job.policy.prediction_type
+    nude, mosaic, benign = job.data
+    alphas = policy.scheduler.alphas_cumprod.to(policy.device)
+    i, j = rng.integers(len(nude), size=size), rng.integers(len(benign), size=size)
+    seeds = rng.integers(2 ** 62, size=2 * size)
+    e = draw_noise(seeds, 0, nude.shape[1:])[:, 0].to(policy.device)            # (2B, C, h, w)
+    t = torch.from_numpy(rng.integers(len(alphas), size=2 * size)).to(policy.device)    # (2B,)
+    a = alphas[t].view(-1, 1, 1, 1)
+    (a_n, a_b), (e_n, e_b) = a.split(size), e.split(size)
+    z_n = noised(nude[i], e_n, a_n)
+    z_m = noised(mosaic[i], e_n, a_n)
+    z_b = noised(benign[j], e_b, a_b)
+    empty = policy.encode([""] * (2 * size))
+    output_n, output_b = policy.unet_output(torch.cat([z_n, z_b]), t, empty).split(size)
+    target_n = as_output(z_n - z_m + e_n, z_n, a_n, kind)
+    target_b = as_output(e_b, z_b, a_b, kind)
+    return safegen_loss(output_n, target_n, output_b, target_b, job.args.mosaic_weight)
+
+
+def noised(z, e, a):
+    """z at the timestep whose alpha-bar is a."""
+    return a.sqrt() * z + (1 - a).sqrt() * e
+
+
+# ---- the pictures --------------------------------------------------------------------------------
+
+def prepare(job, prompts, benign, labels):
+    """Make job.data, latents (nude, mosaic, benign) of the base's pictures; no extra tensors."""
+    args = job.args
+    if not benign:
+        raise UserError(f"--benign: {args.edit} needs prompts of what has to stay; "
+                        "give a file or a text")
+    nudity = Nudity()
+
+    def draw(source):
+        picked, seeds = cycle_prompts(source, args.pictures, args.seed)
+        pictures = job.draw(picked, seeds)                                      # (N, H, W, 3)
+        return pictures, worst_label(nudity(pictures), labels) >= THRESHOLD
+    pictures, is_nude = draw(prompts)
+    nude = pictures[is_nude]
+    pictures, is_nude = draw(benign)
+    harmless = pictures[~is_nude]
+    if not len(nude) or not len(harmless):
+        raise UserError(f"--pictures: of {args.pictures} pictures each, {len(nude)} of --prompts "
+                        f"trip the detector and {len(harmless)} of --benign do not; {args.edit} "
+                        "needs some of both")
+    print(f"triples        {len(nude)} nude pictures and their mosaics, {len(harmless)} benign "
+          "ones", flush=True)
+    mosaics = pixelate(nude, np.ones(len(nude), bool), MOSAIC)
+    job.data = [to_latents(job.policy, part) for part in (nude, mosaics, harmless)]
+
+
+@torch.no_grad()
+def to_latents(policy, pictures):
+    """Pictures uint8 (N, H, W, 3) -> scaled latents (N, C, h, w); policy.decode is the way back."""
+    x = torch.from_numpy(pictures).to(policy.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    encoded = [policy.vae.encode(part) for part in x.split(16)]                 # x in -1..1
+    latents = [z.latents if hasattr(z, "latents") else z.latent_dist.mode() for z in encoded]
+    return torch.cat(latents) * policy.vae.config.scaling_factor
+
+
+# the embedded world's rate is the best of a few tried there; its LoRA's is not tried
+SAFEGEN = Edit(step, "SafeGen, arXiv 2404.06666", weights=r".*attn1", prepare=prepare, settings={
+    "embedded": {
+        "iterations": 300,
+        "lr": 1e-3,
+        "lora_lr": 1e-3,
+        "batch_size": 16,
+        "mosaic_weight": .5,
+        "pictures": 256,
+    },
+    "stable_diffusion": {               # the authors'; batch and number of pictures are ours
+        "iterations": 1000,
+        "lr": 1e-5,
+        "batch_size": 1,
+        "mosaic_weight": .1,
+        "pictures": 256,
+    },
+})

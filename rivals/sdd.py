@@ -1,0 +1,51 @@
+"""SDD (Kim et al., arXiv 2307.05977): a student that answers a concept as it answers no prompt.
+
+Ours: the concept is several names, or the prompts of a file, of which every iteration draws a
+batch; the way to z_t is guided by the batch's prompts, where the authors guide it by all concepts
+in one prompt; Adam has no weight decay (theirs 1e-4).
+"""
+import torch
+
+from rivals import Edit
+from rivals.editing import on_the_way, states, using_weights
+
+
+def sdd_loss(e_c, e_empty):
+    """|| sg[e_theta(z_t, "")] - e_theta(z_t, c) ||^2, both the student's, all (B, C, h, w).
+
+    No gradient goes through the first.
+    """
+    return ((e_c - e_empty.detach()) ** 2).mean()
+
+
+def step(job, prompts, rng):
+    """z_t comes from the teacher, the average of the students."""
+    output = job.policy.unet_output
+    with using_weights(job.trained, job.teacher):
+        x, t = on_the_way(job, prompts, rng)
+    c, empty = states(job.policy, prompts)
+    with torch.no_grad():
+        e_empty = output(x, t, empty)
+    return sdd_loss(output(x, t, c), e_empty)
+
+
+# the embedded world's rate is the best of a few tried there; its LoRA's is not tried
+SDD = Edit(step, "SDD, arXiv 2307.05977", weights=r".*attn2", has_teacher=True, settings={
+    "embedded": {
+        "iterations": 150,
+        "lr": 1.4e-4,
+        "lora_lr": 1e-3,
+        "warm_up": 50,
+        "batch_size": 16,
+        "ema": .95,
+        "start_guidance": 3.,
+    },
+    "stable_diffusion": {               # the authors'
+        "iterations": 1500,
+        "lr": 1e-5,
+        "warm_up": 500,
+        "batch_size": 1,
+        "ema": .999,
+        "start_guidance": 3.,
+    },
+})

@@ -1,0 +1,104 @@
+"""plumbing/processes.py: an epoch shared by two processes is one process's."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from runs import ENVIRONMENT, metrics_of, start
+
+import train
+from plumbing import processes
+from plumbing.options import UserError
+
+
+def shared(count, *options):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
+                "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return subprocess.Popen([*torchrun, "train.py", *options], cwd=ROOT, env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def assert_close(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], abs=1e-4), name
+
+
+def test_one_gpu_by_number_is_not_for_several_processes(monkeypatch):
+    assert processes.own_device("cuda:0") == "cuda:0" and processes.own_device("cpu") == "cpu"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device: cuda:0 is given with 2 processes"):
+        processes.own_device("cuda:0")
+    assert processes.own_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("size, updates", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2)])
+def test_shares_are_contiguous_in_every_update_and_join_to_the_epochs_order(
+        monkeypatch, size, updates):
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    shares = []
+    for rank in range(size):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(processes.local_share(24, updates))
+    assert sorted(np.concatenate(shares)) == list(range(24))
+    for update in range(updates):                       # an update's pictures are the same
+        parts = [share.reshape(updates, -1)[update] for share in shares]
+        assert np.concatenate(parts).tolist() == list(range(24))[update * 24 // updates:][
+            :24 // updates]
+    values = np.arange(24) * 1.5
+    joined = processes.join_shares([values[share] for share in shares], updates)
+    assert (joined == values).all()
+
+
+@pytest.mark.parametrize("options", [
+    ("--advantage", "memory", "--batch-size", "3"),
+    ("--batch-size", "8", "--groups", "6", "--group-size", "1", "--advantage", "memory",
+     "--updates", "1", "--benign", "a cup", "--benign-share", ".5", "--guidance", "2")])
+def test_two_processes_give_one_processs_curve(small, tmp_path, options):
+    """With remembered rewards; with batches that don't divide; where one of them has no benign
+    picture to pull."""
+    options = [*small, *options, "--epochs", "3", "--dtype", "fp32"]    # bf16 rounds by the batch
+    alone = start(*options, "--output-dir", str(tmp_path / "one"))
+    both = shared(2, *options, "--output-dir", str(tmp_path / "two"))
+    out, err = both.communicate(timeout=200)
+    assert both.returncode == 0, err
+    _, alone_err = alone.communicate(timeout=200)
+    assert alone.returncode == 0, alone_err
+    assert "2 share each update's pictures" in out
+    assert out.count("the fine-tuned model is in") == 1
+    assert_close(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one"))
+
+
+def test_pictures_that_can_not_be_shared_evenly_are_refused(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    args = train.parse_args([*small, "--output-dir", str(tmp_path / "run")])
+    with pytest.raises(UserError, match="not divisible by 2 updates x 3 processes"):
+        train.main(args)
+
+
+def test_when_one_process_is_killed_the_others_end_with_a_sentence_and_the_run_resumes(
+        small, tmp_path):
+    folder = tmp_path / "two"
+    command = (*small, "--output-dir", str(folder))
+    process = shared(2, *command, "--epochs", "60")
+    deadline = time.time() + 120
+    while not (os.path.exists(folder / "metrics.jsonl") and len(metrics_of(folder)) >= 2):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(.1)
+    table = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], text=True,
+                           capture_output=True).stdout
+    workers = [int(line.split()[0]) for line in table.splitlines() if "train.py" in line]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    began = time.time()
+    _, err = process.communicate(timeout=30)
+    assert time.time() - began < 30 and process.returncode != 0
+    assert "another process of this run has ended" in err and "the same command resumes" in err
+    again = shared(2, *command, "--epochs", str(len(metrics_of(folder)) + 1))
+    out, err = again.communicate(timeout=200)
+    assert again.returncode == 0 and "resuming after epoch" in out, err

@@ -1,0 +1,375 @@
+"""judging/rows.py: files, systems and their names, what a latent is named by, pictures drawn."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import rivals
+from judging import rows
+from judging.rows import (
+    Row,
+    System,
+    as_file,
+    check_parts,
+    draw_row,
+    folder_row,
+    has_weights,
+    latent_keys,
+    load_system,
+    open_file,
+    parse_system,
+    sources,
+    with_names,
+)
+from model import Policy
+from plumbing.options import UserError
+from prompts import Prompt
+
+ARGS = SimpleNamespace(steps=2, eta=1., guidance=2., resolution=None, batch_size=3, concept=None)
+SHAPE = (4, 8, 8)
+PROMPTS = [Prompt(f"a large {name}", case=i) for i, name in enumerate(("car", "dog", "cat"))]
+
+
+def args_of(**changes):
+    return SimpleNamespace(**{**vars(ARGS), **changes})
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def test_a_file_is_benign_if_all_its_rows_are_and_else_unsafe(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,category\na dog,benign\na cat,benign\n")
+    file = open_file(str(path))
+    assert file.kind == "benign" and file.name == "p.csv" and file.source == str(path)
+    path.write_text("prompt,category\na dog,benign\na cat,unsafe\n")
+    assert open_file(str(path)).kind == "unsafe"
+    path.write_text("prompt\na dog\n")
+    assert open_file(str(path)).kind == "unsafe"
+    assert open_file(str(path), "adversarial").kind == "adversarial"
+
+
+def test_the_prompts_of_a_file_come_in_turn_each_with_a_seed_of_its_own():
+    file = as_file("p", "unsafe", [Prompt("a", seed=5), Prompt("b")], 5, seed=100)
+    assert file.prompts == ["a", "b", "a", "b", "a"] and file.prompt_count == 2
+    assert file.seeds == [5, 101, 102, 103, 104] and file.groups.tolist() == [0, 1, 0, 1, 0]
+    assert file.about["pictures"] == 5 and file.about["prompts"] == 2
+    other = as_file("p", "unsafe", [Prompt("a", seed=6), Prompt("b")], 5, seed=100)
+    assert other.sha256 != file.sha256
+
+
+# ---- systems -------------------------------------------------------------------------------------
+
+def test_a_checkpoint_names_its_own_method():
+    def parsed(text):
+        system, = parse_system(text)
+        return system.checkpoint, system.method, system.concept
+    assert parsed("out/a+sld-medium") == ("out/a", "sld-medium", "")
+    assert parsed("base+negative") == ("base", "negative", "")
+    assert parsed("base+negative:brown, round") == ("base", "negative", "brown, round")
+    assert parsed("out/a") == ("out/a", "plain", "")
+    assert parsed("out/a+out/b@0.5") == ("out/a+out/b@0.5", "plain", "")
+    assert parsed("out/a@0.25+out/b+sld-max:x") == ("out/a@0.25+out/b", "sld-max", "x")
+
+
+def test_weights_belong_to_their_parts_whether_or_not_these_are_there(tmp_path):
+    for present in ((), ("a",), ("a", "b")):
+        for name in present:
+            (tmp_path / name).mkdir(exist_ok=True)
+        system, = parse_system(f"{tmp_path}/a@0.25+{tmp_path}/b")
+        assert system.parts == ((f"{tmp_path}/a", .25), (f"{tmp_path}/b", 1.))
+
+
+def test_a_checkpoint_without_a_method_is_drawn_by_each_that_is_asked_for():
+    systems = parse_system("out/a", ["plain", "negative:skin"])
+    assert [(s.method, s.concept) for s in systems] == [("plain", ""), ("negative", "skin")]
+    assert parse_system("base+plain") == [System()]
+
+
+@pytest.mark.parametrize("text, methods, message", [
+    ("base+negative:child", [], "--checkpoint: 'child' mentions minors"),
+    ("base", ["negative:child"], "--method: 'child' mentions minors"),
+    ("base", ["magic"], "--method: magic is unknown; give one of plain, negative"),
+    ("out/a@x", [], "--checkpoint: out/a@x has the weight 'x'")])
+def test_a_mistake_in_a_system_is_one_sentence(text, methods, message):
+    with pytest.raises(UserError, match=message):
+        parse_system(text, methods)
+
+
+def test_a_system_is_named_after_its_folders_or_by_its_paths_where_that_name_is_taken():
+    systems = [System(), *parse_system("x/a"), *parse_system("y/a"), *parse_system("x/a+y/b@0.5"),
+               *parse_system("x/a+sld-max:skin"), *parse_system("base+negative")]
+    names = [system.name for system in with_names(systems)]
+    assert names == ["base", "a", "y/a", "a + b@0.5", "a + sld-max:skin", "base + negative"]
+    with pytest.raises(UserError, match="two are named base; rename a folder"):
+        with_names([System()], taken=["base"])
+    with pytest.raises(UserError, match="two are named theirs"):
+        with_names([System()], taken=["theirs", "theirs"])
+
+
+def test_parts_without_weights_or_of_another_base_are_refused_before_anything_is_drawn(tmp_path):
+    (tmp_path / "unet").mkdir()
+    lora = tmp_path / "x.safetensors"
+    lora.write_bytes(b"")
+    assert has_weights(str(tmp_path)) and has_weights(str(lora))
+    check_parts([System(((str(tmp_path), 1.), (str(lora), 1.)))], "tiny")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path in (empty, tmp_path / "nowhere"):
+        assert not has_weights(str(path))
+        with pytest.raises(UserError, match="has neither pytorch_lora_weights.* nor unet/"):
+            check_parts([System(((str(path), 1.),))], "tiny")
+    (tmp_path / "args.json").write_text('{"model": "somewhere/else"}')
+    with pytest.raises(UserError, match="was trained on somewhere/else, not on tiny"):
+        check_parts([System(((str(tmp_path), 1.),))], "tiny")
+    check_parts([System(((str(tmp_path), 1.),))], "./somewhere/else")       # the same folder
+
+
+# ---- what a latent is named by -------------------------------------------------------------------
+
+def keys(file=None, fingerprint="f", method="plain", concept=None, shape=SHAPE, **changes):
+    file = file or as_file("p", "unsafe", PROMPTS)
+    return latent_keys(file, fingerprint, method, concept, args_of(**changes), shape)
+
+
+def test_everything_that_decides_a_latent_is_part_of_its_key():
+    plain = keys()
+    assert len(set(plain)) == 3
+    for other in (keys(fingerprint="g"), keys(method="negative", concept="skin"),
+                  keys(shape=(4, 16, 16)), keys(steps=3), keys(eta=0.), keys(guidance=3.),
+                  keys(as_file("p", "unsafe", PROMPTS, seed=7))):
+        assert not set(plain) & set(other)
+    assert not set(keys(method="negative", concept="a")) & set(keys(method="negative", concept="b"))
+    assert plain == keys(batch_size=1)
+
+
+def test_a_prompts_own_guidance_and_seed_go_before_the_options():
+    own = as_file("p", "unsafe", [Prompt("a", guidance=3., seed=1), Prompt("b", guidance=4.)])
+    assert keys(own) == keys(own, guidance=9.)
+
+
+def test_text_states_of_its_own_are_part_of_a_latents_key():
+    first, second = (Prompt("a", seed=1, states=("a.safetensors", name, "hash"))
+                     for name in ("0", "1"))
+    assert len(set(keys(as_file("a", "adversarial", [first, second])))) == 2    # same text and seed
+
+
+def test_a_change_of_one_rival_throws_only_its_own_latents_away(tmp_path, monkeypatch):
+    source = tmp_path / "their_guide.py"
+    source.write_text("from model import plain as guide\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(rivals.GUIDES, "theirs", "their_guide.guide")
+    before = {method: keys(method=method) for method in ("plain", "negative", "theirs")}
+    source.write_text("from model import plain as guide  # changed\n")
+    assert keys(method="plain") == before["plain"]
+    assert keys(method="negative") == before["negative"]
+    assert not set(keys(method="theirs")) & set(before["theirs"])
+
+
+def test_the_code_in_a_latents_key_is_the_steps_the_network_and_what_the_method_uses():
+    def names(method):
+        return [os.path.relpath(path, ROOT) for path in sources(method)]
+    assert names("plain") == ["ddpo.py", "model.py"]
+    assert names("negative") == ["ddpo.py", "model.py", os.path.join("rivals", "negative.py")]
+    shared = [os.path.join("rivals", name) for name in ("sld.py", "guiding.py")]
+    assert names("sld-medium") == ["ddpo.py", "model.py", *shared]
+
+
+def test_two_programs_write_one_store_at_once_without_harm(tmp_path):
+    code = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from judging.rows import Store
+store = Store(sys.argv[2])
+for turn in range(30):
+    for k in range(20):
+        store[f"{k:02d}x"] = np.full((64, 64), k, np.float32)
+        assert (store[f"{k:02d}x"] == k).all()
+"""
+    programs = [subprocess.Popen([sys.executable, "-c", code, ROOT, str(tmp_path)])
+                for _ in range(2)]
+    assert [program.wait(120) for program in programs] == [0, 0]
+    assert not list(tmp_path.rglob("*.tmp")) and len(list(tmp_path.rglob("*.npy"))) == 20
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def policy(pipeline):
+    return Policy(pipeline)
+
+
+def drawn(policy, system, store, args=ARGS, count=5):
+    file = as_file("p", "unsafe", PROMPTS, count)
+    row = draw_row(replace(system, name="row"), policy, {"p": file}, store, args, policy.decode)
+    return row, row.look(file, 0)
+
+
+def test_a_row_gives_its_pictures_a_block_at_a_time(policy):
+    file, store = as_file("p", "unsafe", PROMPTS, rows.CHUNK + 3), {}
+    row = draw_row(System(name="base"), policy, {"p": file}, store, ARGS, policy.decode)
+    assert row.look(file, 0).shape == (rows.CHUNK, 64, 64, 3)
+    assert len(row.look(file, rows.CHUNK)) == 3 and row.blocked == {}
+    assert row.about == {"checkpoint": None, "method": "plain", "sha256": policy.fingerprint()}
+
+
+def test_without_noise_pictures_can_be_drawn_too(policy):
+    _, pictures = drawn(policy, System(), {}, args_of(eta=0.))
+    assert not np.array_equal(pictures, drawn(policy, System(), {})[1])
+
+
+def test_a_systems_words_go_before_the_options_and_those_before_the_models(pipeline):
+    def concept(words, option):
+        system = System(method="negative", concept=words)
+        return load_system(system, pipeline, "cpu", "fp32", option).concept
+    assert concept("a", "b") == "a" and concept("", "b") == "b"
+    assert concept("", None) == "peach, egg"
+
+
+def half_way(policy, prompts, noise, schedule, scale, start=0):
+    """A sampler: the noise itself, halved, so that one sees who drew."""
+    return noise[:, 0] / 2
+
+
+ASKED = []
+
+
+def no_dogs(policy, prompts, noise, draw, pictures):
+    """A blocker: dogs before drawing, the first picture of each batch after it."""
+    ASKED.append(None if pictures is None else len(pictures))
+    if pictures is None:
+        return np.array(["dog" in prompt for prompt in prompts])
+    assert np.abs(draw(prompts, noise).astype(int) - pictures).max() <= 1
+    return np.arange(len(prompts)) == 0
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """A sampler and a blocker of the tests', by name."""
+    monkeypatch.setitem(rivals.SAMPLERS, "half", f"{__name__}.half_way")
+    monkeypatch.setitem(rivals.BLOCKERS, "no-dogs", f"{__name__}.no_dogs")
+    ASKED.clear()
+
+
+def test_a_sampler_draws_under_a_name_of_its_own(policy, registered):
+    store = {}
+    drawn(policy, System(), store)
+    row, _ = drawn(policy, System(method="half"), store)
+    assert row.about["method"] == "half" and row.about["concept"] == policy.concept
+    assert len(store) == 10                             # nothing is taken for another's
+    noise = rows.draw_latents(policy, half_way, PROMPTS, [rows.FIRST_SEED + i for i in range(3)],
+                              policy.schedule(2), 2.)
+    assert any(np.array_equal(noise[0].numpy(), latent) for latent in store.values())
+
+
+def test_a_blocker_is_asked_before_and_after_and_its_pictures_are_black(policy, registered):
+    store = {}
+    _, plain = drawn(policy, System(), store)
+    row, pictures = drawn(policy, System(method="no-dogs"), store)
+    assert ASKED == [None, 3, None, 2]                  # batches of 3 and 2 pictures
+    blocked = row.blocked["p"]
+    assert blocked.tolist() == [True, True, False, True, True]      # the firsts, and two dogs
+    assert (pictures[blocked] == 0).all()
+    assert np.array_equal(pictures[~blocked], plain[~blocked])
+    assert len(store) == 10                             # the base's latents, five answers
+
+
+def test_a_blockers_answers_are_kept(policy, registered, monkeypatch):
+    store = {}
+    first, _ = drawn(policy, System(method="no-dogs"), store)
+    monkeypatch.setattr(rows, "blocked_pictures", None)             # whoever asks now fails
+    monkeypatch.setattr(rows, "draw_latents", None)                 # whoever draws now fails
+    again, _ = drawn(policy, System(method="no-dogs"), store)
+    assert np.array_equal(again.blocked["p"], first.blocked["p"])
+    monkeypatch.setattr(policy, "concept", "other words")
+    with pytest.raises(TypeError):
+        drawn(policy, System(method="no-dogs"), store)
+
+
+def test_a_row_keeps_no_policy_in_memory(pipeline):
+    import gc
+    import weakref
+    policy, decoder = Policy(pipeline), Policy(pipeline)
+    file = as_file("p", "unsafe", PROMPTS)
+    row = draw_row(System(name="a"), policy, {"p": file}, {}, ARGS, decoder.decode)
+    gone = weakref.ref(policy)
+    del policy
+    gc.collect()
+    assert gone() is None and len(row.look(file, 0)) == 3
+
+
+# ---- another tool's pictures ---------------------------------------------------------------------
+
+def save_pictures(folder, names, size=64):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        Image.fromarray(np.full((size, size, 3), 10 * i, np.uint8)).save(folder / name)
+
+
+def shades(row, file):
+    return row.look(file, 0)[:, 0, 0, 0].tolist()
+
+
+def test_pictures_are_found_by_case_number_and_turn(tmp_path):
+    file = as_file("p.csv", "unsafe", [Prompt("a", case=3), Prompt("b", case=12)], 4)
+    save_pictures(tmp_path / "x", ["3_0.png", "3_1.png", "0012_0.png", "12_1.jpg"])
+    row = folder_row(str(tmp_path / "x"), {"p.csv": file})
+    assert isinstance(row, Row) and row.name == "x"
+    assert shades(row, file) == [0, 20, 10, 30]
+    twice = as_file("p.csv", "unsafe", [Prompt("a", case=3), Prompt("b", case=3)])
+    row = folder_row(str(tmp_path / "x"), {"p.csv": twice})         # rows that share a number
+    assert shades(row, twice) == [0, 10]
+
+
+def test_of_several_files_each_has_a_folder_of_its_own(tmp_path):
+    files = {name: as_file(name, "unsafe", [Prompt("a", case=0)]) for name in ("p.csv", "q.txt")}
+    save_pictures(tmp_path / "x" / "p", ["0.png"])
+    with pytest.raises(UserError, match="x/q holds no picture named by case number"):
+        folder_row(str(tmp_path / "x"), files)
+    save_pictures(tmp_path / "x" / "q", ["1.png", "0.png"])
+    row = folder_row(str(tmp_path / "x"), files)
+    assert [shades(row, file) for file in files.values()] == [[0], [10]]
+
+
+def leave_empty(folder):
+    folder.mkdir()
+
+
+def leave_one_out(folder):
+    save_pictures(folder, ["0.png"])
+
+
+def tear_one(folder):
+    save_pictures(folder, ["0.png", "1.png"])
+    (folder / "1.png").write_bytes(b"torn")
+
+
+def shrink_one(folder):
+    save_pictures(folder, ["0.png"])
+    save_pictures(folder, ["1.png"], 32)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (leave_empty, "holds no picture named by case number"),
+    (leave_one_out, "lacks 1 of the 2 pictures that p.csv asks for, case 1 the first"),
+    (tear_one, "1.png is no readable picture"),
+    (shrink_one, "1.png is 32 x 32 pixels, others are 64 x 64; one size is needed")])
+def test_what_is_wrong_with_a_folder_of_pictures_is_one_sentence(tmp_path, spoil, message):
+    file = as_file("p.csv", "unsafe", [Prompt("a", case=0), Prompt("b", case=1)])
+    spoil(tmp_path / "x")
+    with pytest.raises(UserError, match=message):
+        folder_row(str(tmp_path / "x"), {"p.csv": file}).look(file, 0)
+
+
+def test_latents_are_kept_on_the_cpu_as_float32(policy):
+    store = {}
+    drawn(policy, System(), store)
+    assert {latent.dtype for latent in store.values()} == {np.dtype(np.float32)}
+    assert torch.from_numpy(next(iter(store.values()))).shape == SHAPE

@@ -1,0 +1,170 @@
+"""sample.py: one seed per picture, names of files, methods, and what is shown."""
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import rivals
+import sample
+from ddpo import denoise
+from model import Policy, plain
+from plumbing.options import UserError
+from prompts import Prompt, read
+from reward import LABELS
+
+ARGS = SimpleNamespace(steps=4, eta=1., guidance=2., batch_size=9, resolution=None)
+
+
+def args_of(**changes):
+    return SimpleNamespace(**{**vars(ARGS), **changes})
+
+
+def test_picture_seventeen_is_the_same_in_any_batch(pipeline):
+    policy, prompts, seeds = Policy(pipeline), ["a dog", "a cat", "a peach"] * 3, list(range(9))
+    at_once = sample.generate(policy, prompts, seeds, ARGS)
+    for size in (1, 4):
+        pictures = sample.generate(policy, prompts, seeds, args_of(batch_size=size))
+        assert np.abs(at_once.astype(int) - pictures).max() <= 1
+
+
+def test_pictures_of_one_case_get_names_of_their_own():
+    one, two = Prompt("a", case=7), Prompt("b", case=12)
+    names = sample.file_names
+    assert names([one, two]) == ["00007.png", "00012.png"]
+    assert names([one, two, one, two]) == ["00007_0.png", "00012_0.png",
+                                           "00007_1.png", "00012_1.png"]
+    assert names([one, one, two]) == ["00007_0.png", "00007_1.png", "00012_0.png"]
+
+
+def test_a_method_is_found_by_its_name_and_an_unknown_one_is_a_sentence():
+    for name in rivals.methods():
+        assert sample.choose_method(name).name == name
+    with pytest.raises(UserError, match="--method: magic is unknown; give one of plain, negative"):
+        sample.choose_method("magic")
+
+
+def half_way(policy, prompts, noise, schedule, scale, start=0):
+    """A sampler of another kind: it skips the first step."""
+    predict = plain(policy, prompts, scale)
+    return denoise(predict, noise, schedule, policy.prediction_type, start=start + 1)
+
+
+def no_dogs(policy, prompts, noise, draw, pictures):
+    """A blocker that reads the prompt before and looks at the picture after drawing."""
+    if pictures is None:
+        return ["dog" in prompt for prompt in prompts]
+    redrawn = draw(prompts, noise)
+    assert np.abs(redrawn.astype(int) - pictures).max() <= 1
+    return ["cat" in prompt for prompt in prompts]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(rivals.SAMPLERS, "half-way", f"{__name__}.half_way")
+    monkeypatch.setitem(rivals.BLOCKERS, "no-dogs", f"{__name__}.no_dogs")
+
+
+def test_a_sampler_and_a_blocker_are_registered_by_a_name(pipeline, registered):
+    policy, texts = Policy(pipeline), ["a dog", "a cat", "a cup"]
+    pictures = sample.generate(policy, texts, [1, 2, 3], ARGS)
+    other = sample.choose_method("half-way")
+    skipped, blocked = sample.generate_with_blocking(policy, other, texts, [1, 2, 3], ARGS)
+    assert not blocked.any() and np.abs(skipped.astype(int) - pictures).max() > 1
+    blocker = sample.choose_method("no-dogs")
+    shown, blocked = sample.generate_with_blocking(policy, blocker, texts, [1, 2, 3],
+                                               args_of(batch_size=2))
+    assert blocked.tolist() == [True, True, False]
+    assert not shown[:2].any() and np.abs(shown[2].astype(int) - pictures[2]).max() <= 1
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+class Fires:
+    """A detector that sees nudity in every second picture."""
+
+    def __call__(self, pictures):
+        scores = np.zeros((len(pictures), 18), np.float32)
+        scores[::2, LABELS.index("BUTTOCKS_EXPOSED")] = .9
+        return scores
+
+
+def run(tmp_path, *options):
+    folder = str(tmp_path / "pictures")
+    sample.main(sample.parse_args([*options, "--output-dir", folder, "--steps", "2"]))
+    names = sorted(name for name in os.listdir(folder) if name != "grid.png")
+    return [np.asarray(Image.open(os.path.join(folder, name))) for name in names]
+
+
+def test_what_trips_is_pixelated_and_in_a_harmless_world_framed_in_the_grid(
+        pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "Nudity", Fires)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a dog\na cat\na naked child\n")
+    options = ["--prompts", str(prompts), "--model", pipeline]
+    bare = run(tmp_path, *options, "--no-censor")
+    capsys.readouterr()
+    veiled = run(tmp_path, *options)
+    assert "refused 1 prompts" in (out := capsys.readouterr().out)
+    assert "2 pictures" in out and "1 trip" in out and "are pixelated" in out
+    assert len(np.unique(veiled[0].reshape(-1, 3), axis=0)) <= 64 and (veiled[1] == bare[1]).all()
+    monkeypatch.setattr("model.read_world", lambda model: SimpleNamespace(
+        harmless=True, concept="", clip=None))
+    framed = run(tmp_path, *options)
+    assert all((a == b).all() for a, b in zip(framed, bare, strict=True))
+    sheet = np.asarray(Image.open(tmp_path / "pictures" / "grid.png"))
+    assert (sheet[0, :64] == sample.censor(np.stack(bare), [1, 0], True)[0, 0]).all()
+    assert "framed in grid.png" in capsys.readouterr().out
+
+
+def test_prompts_may_be_given_in_place_or_by_the_option(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "Nudity", Fires)
+    by_place = run(tmp_path, "a dog", "a cat", "--model", pipeline)
+    by_option = run(tmp_path, "--prompts", "a dog", "a cat", "--model", pipeline)
+    assert all((a == b).all() for a, b in zip(by_place, by_option, strict=True))
+
+
+def test_a_checkpoint_is_named_with_its_method_and_words(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "Nudity", Fires)
+    drawn = []
+    monkeypatch.setattr(sample, "generate_with_blocking", lambda policy, method, prompts, *rest: (
+        drawn.append((method.name, policy.concept)), (np.zeros((1, 64, 64, 3), np.uint8),
+                                                      np.zeros(1, bool)))[1])
+    common = ["a dog", "--model", pipeline, "--output-dir", str(tmp_path / "o")]
+    for options in (["--checkpoint", "base+negative:red cars"], ["--method", "negative"],
+                    ["--guide", "negative", "--concept", "cups"], []):
+        sample.main(sample.parse_args([*common, *options]))
+    assert drawn == [("negative", "red cars"), ("negative", "peach, egg"), ("negative", "cups"),
+                     ("plain", "peach, egg")]
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ([], "--prompts: none is given"),
+    (["a dog", "--method", "magic"], "--method: magic is unknown"),
+    (["a dog", "--concept", "child"], "--concept: 'child' mentions minors"),
+    (["a dog", "--checkpoint", "base+negative:child"], "'child' mentions minors"),
+    (["a dog", "--checkpoint", "base+negative", "--method", "plain"], "leave one out"),
+    (["a naked child"], "1 refused"),
+    (["a dog", "--checkpoint", "nowhere"], "--checkpoint: nowhere has neither"),
+    (["a dog", "--output-dir", "/proc/x"], "--output-dir: /proc/x can't be written"),
+])
+def test_a_mistake_is_one_sentence(pipeline, tmp_path, options, sentence):
+    options = ["--model", pipeline, "--output-dir", str(tmp_path / "o"), *options]
+    with pytest.raises(UserError, match=sentence):
+        sample.main(sample.parse_args(options))
+
+
+def test_eta_zero_draws_the_same_picture_from_the_same_start(pipeline):
+    policy = Policy(pipeline)
+    one = sample.generate(policy, ["a dog"], [1], args_of(eta=0.))
+    schedule = policy.schedule(4, 0.)
+    noise = torch.randn(1, 5, *policy.latent_shape(), generator=torch.Generator().manual_seed(1))
+    latents = denoise(plain(policy, ["a dog"], 2.), noise, schedule)
+    assert (policy.decode(latents).numpy() == one).all()
+
+
+def test_the_committed_prompts_are_read():
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    assert len(read(f"{root}/data/unsafe_unseen.csv")[0]) == 18
