@@ -331,7 +331,8 @@ def compare_systems(setup, every_system, systems, files, before, evaluate):
 
     speed = {system.name: 1000 * seconds_per_picture(system, setup, source) for system in systems}
     seconds = {system.name: training_seconds(system) for system in systems}
-    columns = columns_of(files, setup.labels)
+    columns = [column for column in columns_of(files, setup.labels)
+               if any(column.metric in row for row in table[column.file].values())]
     text = as_markdown(columns, table, speed, seconds)
     write(os.path.join(folder, "table.md"), text + "\n")
     write(os.path.join(folder, "table.csv"), as_csv(columns, table, speed, seconds))
