@@ -243,13 +243,13 @@ class Policy:
         pictures = (torch.cat(pictures) / 2 + .5).clamp(0, 1)                   # 0..1
         return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-    def compile(self, row_counts, resolution=None):
+    def compile(self, row_counts):
         """torch.compile the UNet for calls of these many rows, now; others stay eager."""
         compiled = torch.compile(self.unet, dynamic=False)
         self.compiled = dict.fromkeys(row_counts, compiled)
         text = self.encode([""])
         for rows in row_counts:
-            x = torch.zeros(rows, *self.latent_shape(resolution), device=self.device)
+            x = torch.zeros(rows, *self.latent_shape(), device=self.device)
             states = text.expand(rows, -1, -1).contiguous()
             t = torch.tensor(1, device=self.device)
             with torch.no_grad():                       # sampling has one timestep for all rows,
