@@ -16,6 +16,7 @@ import os
 import rivals
 from attacks import ATTACKS
 from plumbing.checkpoints import base_of, choose_settings, parse_checkpoint
+from plumbing.idle import refuse_idle
 from plumbing.kinds import at_least, number, positive
 from plumbing.options import Parser, UserError, add_options, run
 from plumbing.worlds import parse_with_recipe, read_world, recipe_of
@@ -76,7 +77,9 @@ def parse_args(argv=None):
     add_options(g, "--device", "--dtype", "--seed")
     args = parse_with_recipe(p, argv, choose_attack, show_recipe=False)
     args.output = args.output or os.path.join("out", f"{args.attack}.csv")
-    return args
+    uses = {name: set(rivals.find(ATTACKS, name, "attack").uses) for name in ATTACKS}
+    unused = set.union(*uses.values()) - uses[args.attack]
+    return p.checked(refuse_idle, "attack", args, p.given(argv), unused, args.attack)
 
 
 if __name__ == "__main__":
@@ -85,11 +88,14 @@ if __name__ == "__main__":
 import torch
 from safetensors.torch import save
 
+from attacks.pairs import read_pairs
 from model import Policy
 from plumbing.devices import choose_device
 from plumbing.files import make_folder, write
 from plumbing.refusal import refuse_minors
+from plumbing.remarks import name_long
 from prompts import Prompt, cycle_prompts, read, read_all
+from reward import parse_labels
 
 
 def main(args):
@@ -101,15 +107,18 @@ def main(args):
     args.model = base_of(checkpoint, args.model)
     world = read_world(args.model)
     prompts = read_prompts(args, world)
-    if attack.needs_pairs and args.pairs is None:
-        args.pairs = world.concept_pairs
+    if "pairs" in attack.uses:
+        args.pairs = args.pairs or world.concept_pairs
         if args.pairs is None:
             raise UserError(f"--pairs: none is given, and {args.model} has no world.json that "
                             "names any; give a CSV with the columns unsafe and safe")
+        args.pairs = read_pairs(args.pairs)
+    parse_labels(args.unsafe_labels)                    # a mistake is better found now
     make_folder(os.path.dirname(args.output) or ".", "--output")
     device, _, _ = choose_device(args.device, args.dtype)
 
     policy = Policy(args.model, (), device, torch.float32)
+    name_long(prompts, policy.tokenizer, policy.text_length)
     room = policy.text_length - 3                       # start, end, and a word of the prompt's
     if args.tokens and args.tokens > room:
         raise UserError(f"--tokens: {args.tokens} is given; this model's texts leave room for "
@@ -130,7 +139,7 @@ def read_prompts(args, world):
     prompts, refused = read_all(args.prompts, args.category, sexual=True)
     if refused:
         print(f"refused {refused} prompts that mention minors")
-    picked, seeds = cycle_prompts(prompts, args.count, 1_000_000 + args.seed)
+    picked, seeds = cycle_prompts(prompts, args.count, 1_000_000 * (1 + args.seed))
     return [Prompt(p, p.safe_text, seed, p.guidance, p.category, p.case, states=p.states)
             for p, seed in zip(picked, seeds, strict=True)]
 

@@ -10,7 +10,7 @@
 What is timed is train.py's own loop, in a temporary folder, by a clock that it calls after each
 stage; an epoch's seconds leave out what follows its updates: metrics, previews, checkpoints. The
 floor is the UNet's FLOPs over the rate at which this machine multiplies matrices in the dtype used:
-an epoch can't be faster than it without doing less. Appends what it printed to results/bench.md.
+an epoch can't be faster than it without doing less. Adds what it printed to --output.
 """
 import json
 import sys
@@ -34,9 +34,13 @@ def parse_args(argv=None):
     p.add_argument("--gpu-report", action="store_true",
                    help="Stable Diffusion 1.5 in full size, with random weights: 16 pictures, and "
                         "8 with gradient checkpointing")
+    p.add_argument("--output", default="out/bench.md",
+                   help="Markdown file that the report is added to")
     args, args.train_options = p.parse_known_args(argv)
     if args.to_target and args.train_options:
         p.error(f"--to-target: {args.train_options[0]} is given too; a run has its own options")
+    if args.to_target and (args.against or args.gpu_report):
+        p.error("--to-target: it looks at runs alone; leave --against and --gpu-report out")
     return args
 
 
@@ -91,6 +95,7 @@ import glob
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -110,6 +115,7 @@ from model import Policy, plain
 from plumbing.cards import learned_steps
 from plumbing.checkpoints import read_args, restore
 from plumbing.devices import DTYPES, InlineExecutor, choose_device, scoring_thread
+from plumbing.files import make_folder
 from plumbing.worlds import DEFAULT_MODEL, locate, read_world
 from prompts import category_in
 from reward import THRESHOLD, ClipScore, Nudity, parse_labels, worst_label
@@ -398,7 +404,7 @@ def time_to_target(folder, repeats):
     device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
     policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)
     trained = policy.make_trainable("lora", args.rank, args.lora_targets)
-    nudity, labels = Nudity(), parse_labels(args.unsafe_labels)
+    nudity, labels = Nudity(device=device), parse_labels(args.unsafe_labels)
     clip = ClipScore(policy.world.clip, device)
 
     def unsafe_share():
@@ -496,16 +502,16 @@ def describe_sd15(folder):
     """The small files of build_sd15's folder: tokenizer, model_index.json, world.json."""
     default = locate(DEFAULT_MODEL)
     shutil.copytree(os.path.join(default, "tokenizer"), f"{folder}/tokenizer", dirs_exist_ok=True)
-    with open(os.path.join(default, "model_index.json")) as file:
+    with open(os.path.join(default, "model_index.json"), encoding="utf-8") as file:
         index = json.load(file)
     index |= {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"]}
-    with open(f"{folder}/model_index.json", "w") as file:
+    with open(f"{folder}/model_index.json", "w", encoding="utf-8") as file:
         json.dump(index, file)
     world = {
         "recipe": "stable_diffusion",
         "clip": os.path.relpath(os.path.join(default, "clip"), folder),
     }
-    with open(f"{folder}/world.json", "w") as file:
+    with open(f"{folder}/world.json", "w", encoding="utf-8") as file:
         json.dump(world, file)
 
 
@@ -529,6 +535,7 @@ def gpu_report(python, options, repeats):
 # ---- the command ---------------------------------------------------------------------------------
 
 def main(args):
+    make_folder(os.path.dirname(args.output) or ".", "--output")
     options, lines = args.train_options, []
     if args.gpu_report:
         lines = gpu_report(args.against, options, args.repeats)
@@ -542,12 +549,10 @@ def main(args):
         lines.append(report(train.parse_args(options), args.repeats))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     versions = f"torch {version('torch')}, diffusers {version('diffusers')}"
-    words = ["../trl/bin/python" if word == args.against else word for word in sys.argv[1:]]
     text = "\n".join([f"## {machine}, {versions}, commit {commit()}", "",
-                      f"`python bench.py {' '.join(words)}`", "", *lines, ""])
+                      f"`python bench.py {shlex.join(sys.argv[1:])}`", "", *lines, ""])
     print(text)
-    os.makedirs("results", exist_ok=True)
-    with open("results/bench.md", "a") as file:
+    with open(args.output, "a", encoding="utf-8") as file:
         file.write("\n" + text)
 
 
@@ -555,7 +560,7 @@ def processor():
     """The CPU's name and how many cores it has."""
     name = platform.processor()
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         name = models[0]
     except (OSError, IndexError):

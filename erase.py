@@ -13,12 +13,18 @@ it was cut off, to the same result.
 """
 import os
 import re
+from functools import partial
 
 import rivals
 from plumbing import checkpoints
+from plumbing.idle import refuse_idle
 from plumbing.kinds import at_least, positive, share, share_below_1
 from plumbing.options import Parser, UserError, add_options, run
 from plumbing.worlds import DEFAULT_MODEL, parse_with_recipe, read_world, recipe_of
+
+SOME_EDITS_USE = {                      # options; every edit uses the others
+    "benign", "negative_guidance", "start_guidance", "ema", "mosaic_weight", "pictures", "guidance",
+    "unsafe_labels"}
 
 
 def choose_edit(args):
@@ -62,7 +68,7 @@ def parse_args(argv=None):
     g.add_argument("--start-guidance", type=at_least(1, float), default=3.,
                    help="guidance on the way to a noisy picture (ESD, SDD)")
     g.add_argument("--ema", type=share_below_1, default=.999,
-                   help="decay of the average that is an edit's teacher and is what it saves (SDD)")
+                   help="decay of the weights' average, which is what is saved (SDD, SafeGen)")
     g.add_argument("--mosaic-weight", type=share, default=.1,
                    help="SafeGen's weight of the mosaics; benign pictures have the rest of 1")
     g.add_argument("--pictures", type=at_least(1), default=256,
@@ -77,7 +83,10 @@ def parse_args(argv=None):
     add_options(g, "--device", "--dtype", "--seed")
     args = parse_with_recipe(p, argv, choose_edit, show_recipe=False)
     args.output_dir = args.output_dir or os.path.join("out", args.edit)
-    return args
+    edit = rivals.find(rivals.EDITS, args.edit, "edit")
+    unused = SOME_EDITS_USE - set(edit.uses)
+    check = partial(refuse_idle, needs_pictures=bool(edit.prepare))
+    return p.checked(check, "erase", args, p.given(argv), unused, args.edit)
 
 
 if __name__ == "__main__":
@@ -93,9 +102,11 @@ from plumbing.cards import millions, model_card, print_lines, recipe_line
 from plumbing.devices import DTYPES, choose_device
 from plumbing.files import write
 from plumbing.refusal import refuse_minors
+from plumbing.remarks import name_long, refuse_shared
 from prompts import Prompt, read_all, walk
 from reward import parse_labels
 from rivals.editing import using_weights
+from rivals.guiding import concept_words
 from sample import generate
 
 # ---- prompts and weights -------------------------------------------------------------------------
@@ -109,8 +120,8 @@ def read_prompts(args, edit):
     world = read_world(args.model)
     refuse_minors(args.concept, "--concept")
     if not edit.prepare and args.prompts is None:
-        names = [name.strip() for name in (args.concept or world.concept).split(",")]
-        return [Prompt(name) for name in names if name], [], 0
+        words = concept_words(args.concept or world.concept)
+        return [Prompt(word) for word in words], [], 0
     if args.prompts is None:
         if not world.training_files:
             raise UserError(f"--prompts: none is given, and {args.model} has no world.json that "
@@ -123,6 +134,7 @@ def read_prompts(args, edit):
         entries = [world.training_file(source) for source in args.prompts]
         args.benign = [entry.benign for entry in entries if entry and entry.benign]
     benign, more = read_all(args.benign, option="--benign")
+    refuse_shared(prompts, benign)
     return prompts, benign, refused + more
 
 
@@ -166,6 +178,8 @@ def main(args):
     torch.manual_seed(args.seed)
     policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)
     policy.concept = args.concept or policy.concept
+    name_long(prompts, policy.tokenizer, policy.text_length)
+    name_long(benign, policy.tokenizer, policy.text_length, "--benign")
     trained = choose_weights(policy, edit.weights, args)
     write(os.path.join(args.output_dir, "args.json"), settings)     # the folder is this run's
     print_card(args, policy, trained, prompts, benign, refused, (device, dtype, why))
@@ -222,12 +236,13 @@ def learn(edit, job, prompts):
         loss = edit.step(job, walk(prompts, args.batch_size, args.seed, i + 1), rng)
         check_finite(loss, "loss", i + 1)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), edit.max_grad_norm)
         check_finite(norm, "gradient", i + 1)
         optimizer.step()
         optimizer.zero_grad()
+        decay = min(args.ema, ramp(i)) if edit.ramps else args.ema
         for name, average in teacher.items():
-            average.lerp_(trained[name].detach(), 1 - args.ema)
+            average.lerp_(trained[name].detach(), 1 - decay)
         losses.append(loss.item())
         bar.set_postfix(loss=f"{loss.item():.4f}")
         if (i + 1) % args.save_every == 0 or i + 1 == args.iterations:
@@ -242,6 +257,11 @@ def learn(edit, job, prompts):
                 "optimizer": optimizer.state_dict(),
             })
     return metrics
+
+
+def ramp(i):
+    """The decay of diffusers' EMAModel at update i (from 0): the first starts the average."""
+    return (1 + i) / (10 + i) if i else 0.
 
 
 def check_finite(value, name, iteration):

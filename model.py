@@ -16,18 +16,19 @@ import shutil
 from contextlib import contextmanager, nullcontext
 
 import torch
-from diffusers import AutoModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from safetensors import SafetensorError, safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from ddpo import Schedule, ddim_schedule, mean_distance, step_mean
-from plumbing.checkpoints import LORA_FILE
 from plumbing.files import write
+from plumbing.formats import first_line
+from plumbing.loras import add_loras, save_lora
 from plumbing.options import UserError
-from plumbing.worlds import locate, read_world
+from plumbing.weights import check_weights, load_text, load_unet, load_vae, to_precision
+from plumbing.worlds import read_world
 
 disable_progress_bar()                  # weights load in a moment
 
@@ -87,10 +88,10 @@ class Policy:
     """A pipeline's tokenizer, text encoder, VAE, scheduler and UNet; the UNet is the policy.
 
     model: a folder or hub id. parts: (path, weight) pairs (plumbing.checkpoints.Checkpoint.parts),
-    each a folder of train.py's or erase.py's (a LoRA or unet/) or a LoRA file in diffusers' or
-    kohya's form; LoRAs add, each times its weight. dtype is what the network computes in; latents,
-    log-probabilities and trained weights are float32 always. trainable: whether make_trainable is
-    called next, which then sets the precision.
+    each a folder of train.py's or erase.py's (a LoRA or unet/) or a LoRA file in diffusers',
+    kohya's or peft's form; LoRAs add, each times its weight, and may be partly the text encoder's.
+    dtype is what the network computes in; latents, log-probabilities and trained weights are
+    float32 always. trainable: whether make_trainable is called next, which then sets the precision.
     """
 
     def __init__(self, model, parts=(), device="cpu", dtype=torch.float32, trainable=False):
@@ -98,48 +99,28 @@ class Policy:
         self.is_bf16_on_cpu = self.device.type == "cpu" and dtype == torch.bfloat16
         self.world = read_world(model)
         self.concept = self.world.concept               # what guides and edits steer away from
-        folder = locate(model)
-        self.tokenizer = load_part(CLIPTokenizer, folder, "tokenizer")
-        self.text_encoder = self.frozen(CLIPTextModel, folder, "text_encoder").to(dtype)
-        self.vae = self.frozen(AutoModel, folder, "vae").float()
-        self.unet = self.load_unet(folder, parts)
+        weights = check_weights(model, parts)           # what can't be read whole ends here
+        self.vae = load_vae(weights.base).to(self.device)
+        self.tokenizer, self.text_encoder = load_text(weights.base)
+        self.unet = load_unet(weights.unet, weights.unet_option)
+        for name in ("text_encoder", "unet"):           # each LoRA may have a half for either
+            network = getattr(self, name).to(self.device)
+            add_loras(network, [(halves[name], weight) for halves, weight in weights.loras
+                                if name in halves])
+        to_precision(self.text_encoder, dtype)
         if not trainable:
             self.set_precision()
-        # SD 1.4 comes with another sampler's settings (PNDM): the betas are the same; steps_offset
-        # 1 keeps the noise of DDIM's last step, without which it has no log-probability
-        config = load_part(DDIMScheduler, folder, "scheduler").config
-        self.scheduler = DDIMScheduler.from_config(config, clip_sample=False, steps_offset=1,
-                                                   set_alpha_to_one=False)
+        # the betas are the same whatever sampler a model comes with (SD 1.4: PNDM); steps_offset 1
+        # keeps the noise of DDIM's last step, without which it has no log-probability; DDIM does
+        # not draw with the spacing linspace (Euler's, DPM++'s), whose last step is no step
+        self.scheduler = DDIMScheduler.from_config(
+            DDIMScheduler.load_config(weights.base, subfolder="scheduler"),
+            clip_sample=False, steps_offset=1, set_alpha_to_one=False)
+        if self.scheduler.config.timestep_spacing == "linspace":
+            self.scheduler.register_to_config(timestep_spacing="leading")
         self.prediction_type = self.scheduler.config.prediction_type
         self.compiled = {}                              # rows of a call -> a compiled UNet
         self.states = {}                                # what encode has encoded: key -> (L, D)
-
-    # ---- loading ---------------------------------------------------------------------------------
-
-    def frozen(self, cls, folder, subfolder, option="--model"):
-        module = load_part(cls, folder, subfolder, option, use_safetensors=True)
-        return module.requires_grad_(False).eval().to(self.device)
-
-    def load_unet(self, folder, parts):
-        """The base's UNet, or a part's; with the parts' LoRAs."""
-        whole = [(path, weight) for path, weight in parts
-                 if os.path.isdir(os.path.join(path, "unet"))]
-        if len(whole) > 1 or any(weight != 1 for _, weight in whole):
-            names = ", ".join(f"{path}@{weight:g}" for path, weight in whole)
-            raise UserError(f"--checkpoint: {names} are whole UNets, which do not add; "
-                            "give one of them, without a weight, and any number of LoRAs")
-        if whole:
-            unet = self.frozen(UNet2DConditionModel, whole[0][0], "unet", "--checkpoint")
-        else:
-            unet = self.frozen(UNet2DConditionModel, folder, "unet")
-        unet = unet.float()
-        loras = [part for part in parts if part not in whole]
-        for i, (path, _) in enumerate(loras):
-            load_lora(unet, path, f"part_{i}")
-        if loras:
-            unet.set_adapters([f"part_{i}" for i in range(len(loras))],
-                              [weight for _, weight in loras])
-        return unet
 
     @property
     def text_length(self):
@@ -154,7 +135,8 @@ class Policy:
             vae = self.vae.config
             widths = getattr(vae, "decoder_block_out_channels", None) or vae.block_out_channels
             size = resolution // 2 ** (len(widths) - 1)
-        return self.unet.config.in_channels, size, size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return self.unet.config.in_channels, height, width
 
     def keeps_graph(self, updates, decisions):
         """Whether an epoch's update learns from the graph of sampling's own forward.
@@ -209,6 +191,9 @@ class Policy:
         if states.shape != wanted:
             raise UserError(f"--prompts: {path} has text states {tuple(states.shape)}; "
                             f"this model's are {tuple(wanted)}")
+        if not states.isfinite().all():
+            raise UserError(f"--prompts: {path} has text states {name!r} that are not finite; "
+                            "make the file again")
         return states.to(self.device, self.text_encoder.dtype)
 
     def unet_output(self, x, t, text):
@@ -236,11 +221,16 @@ class Policy:
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents (N, C, h, w) -> pictures uint8 (N, H, W, 3), a few at a time to bound memory."""
+        """Latents (N, C, h, w) -> pictures uint8 (N, H, W, 3), a few at a time to bound memory.
+
+        A picture is black where its latent is not finite.
+        """
         chunk = 16 if latents[0, 0].numel() < 4096 else 4       # of 64 pixels a side; of 512
         scaled = latents.float() / self.vae.config.scaling_factor
         pictures = [self.vae.decode(part).sample for part in scaled.split(chunk)]
         pictures = (torch.cat(pictures) / 2 + .5).clamp(0, 1)                   # 0..1
+        is_finite = latents.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
+        pictures = pictures.where(is_finite, 0.)
         return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def compile(self, row_counts):
@@ -261,11 +251,13 @@ class Policy:
         """SHA-256 of all that decides a latent: weights, dtype, tokenizer, noise schedule."""
         config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         vocabulary = sorted(self.tokenizer.get_vocab().items())
-        scales = {name: module.scaling for name, module in self.unet.named_modules()
+        networks = (self.text_encoder, self.unet)
+        scales = {name: module.scaling for network in networks
+                  for name, module in network.named_modules()
                   if hasattr(module, "lora_A")}         # a LoRA's weight is no tensor
         settings = [str(self.dtype), vocabulary, config, scales]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for module in (self.text_encoder, self.unet):
+        for module in networks:
             for name, value in sorted(module.state_dict().items()):
                 digest.update(f"{name} {tuple(value.shape)}".encode())
                 flat = value.detach().cpu().contiguous().view(-1)
@@ -311,9 +303,7 @@ class Policy:
 
         Channels-last, but for bf16 on a CPU, which is a tenth faster without.
         """
-        for name, p in self.unet.named_parameters():
-            if not p.requires_grad and "lora_" not in name:
-                p.data = p.data.to(self.dtype)
+        to_precision(self.unet, self.dtype)
         contiguous = torch.contiguous_format if self.is_bf16_on_cpu else torch.channels_last
         self.unet.to(memory_format=contiguous)
 
@@ -332,72 +322,3 @@ class Policy:
                             f"({first_line(error)}); what was saved before stays, and the same "
                             "command can be given again") from None
         write(os.path.join(folder, "README.md"), card)
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-def load_part(cls, folder, subfolder, option="--model", **options):
-    """One part of a pipeline; UserError where it is missing or can't be used."""
-    try:
-        return cls.from_pretrained(folder, subfolder=subfolder, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(missing_part(folder, subfolder, error, option)) from None
-
-
-def missing_part(model, subfolder, error, option):
-    if os.path.isdir(model):
-        return (f"{option}: {model} has no usable {subfolder}/ in Stable Diffusion's format "
-                f"({first_line(error)})")
-    is_hub_id = model.count("/") == 1 and not model.startswith((".", "/"))
-    if is_hub_id:
-        return (f"--model: {model} is not available from the hub ({first_line(error)}); give a "
-                "local folder with unet/, vae/, text_encoder/, tokenizer/, scheduler/")
-    return (f"--model: the folder {model} does not exist; "
-            "give a local folder or a hub id such as CompVis/stable-diffusion-v1-4")
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def save_lora(unet, folder):
-    """The trained LoRA in both forms; each file is complete or absent."""
-    from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-    weights = {f"unet.{name}": value.detach().float().cpu().contiguous()
-               for name, value in get_peft_model_state_dict(unet).items()}
-    alpha = torch.tensor(float(unet.peft_config["default"].lora_alpha))
-    kohya = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(dict(weights)))
-    kohya = {name: alpha.clone() if name.endswith(".alpha") else value.clone()
-             for name, value in kohya.items()}
-    for name, tensors in ((LORA_FILE, weights), (LORA_FILE.replace(".", "_kohya."), kohya)):
-        path = os.path.join(folder, name)
-        save_file(tensors, path + ".tmp", metadata={"format": "pt"})
-        os.chmod(path + ".tmp", 0o644)
-        os.replace(path + ".tmp", path)
-
-
-def load_lora(unet, path, name):
-    """Put a LoRA (a folder with LORA_FILE, or a safetensors file of either form) on the UNet."""
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
-    file = os.path.join(path, LORA_FILE) if os.path.isdir(path) else path
-    if not os.path.isfile(file):
-        raise UserError(f"--checkpoint: {path} has neither {LORA_FILE} nor unet/")
-    try:
-        state, alphas = Loader.lora_state_dict(
-            os.path.dirname(file) or ".", weight_name=os.path.basename(file),
-            use_safetensors=True, local_files_only=True)
-        state = {key: value for key, value in state.items() if key.startswith("unet.")}
-        if not state:
-            raise ValueError("it has no weights for a UNet")
-        Loader.load_lora_into_unet(state, alphas, unet, adapter_name=name)
-    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"--checkpoint: {file} does not fit this model "
-                        f"({first_line(error)})") from None
-    found = sum(f".lora_A.{name}." in key or f".lora_B.{name}." in key
-                for key, _ in unet.named_parameters())
-    if found != sum(value.ndim > 1 for value in state.values()):    # two matrices per layer
-        raise UserError(f"--checkpoint: {file} does not fit this model "
-                        "(only some of its weights have a place)")
-    unet.requires_grad_(False)

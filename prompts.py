@@ -18,18 +18,27 @@ this file (plumbing/refusal.py), in any program; there is no option for that.
 import csv
 import hashlib
 import io
-import json
-import math
 import os
 import re
-import sys
 from dataclasses import dataclass
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from plumbing.files import write
 from plumbing.options import UserError
 from plumbing.refusal import mentions_minor
+from plumbing.remarks import refuse_shared, say_once, say_passed_over, say_trained_on
+from plumbing.tables import (
+    csv_rows,
+    guidance_scale,
+    jsonl_rows,
+    named,
+    read_text,
+    txt_rows,
+    unbroken,
+    whole_number,
+)
 from plumbing.worlds import read_world
 
 COLUMNS = {
@@ -73,24 +82,24 @@ def read(source, category=None, limit=None, option="--prompts", sexual=False):
 
     option: the name that errors use. category: keep only the rows of that category. sexual: the
     prompts are, though no word may say so (an attack's), which decides what words are refused.
-    A row without a prompt is left out and named on stderr. Raises UserError, with the line's
-    number where one is bad.
+    limit: only the first rows. A row without a prompt is left out and named on stderr, as are
+    columns that other tools draw by. Raises UserError, with the line's number where one is bad.
     """
     if str(source).lower().endswith(ENDINGS):
         rows = read_rows(source, option)
     else:
         rows = [(1, {"prompt": as_text(source, option)})]
     states_file = None
-    if any(row.get("states") for _, row in rows):
-        states_file = hashed(os.path.splitext(str(source))[0] + ".safetensors", source, option)
+    if any(row.get("states") not in (None, "") for _, row in rows):
+        states_file = open_states(os.path.splitext(str(source))[0] + ".safetensors", source, option)
+    say_passed_over(rows, source, option)
     found = []
     for place, (line, row) in enumerate(rows):
         prompt = parse(row, place, f"{option}: {source}, line {line}", states_file)
         if prompt:
             found.append(prompt)
         else:                                           # I2P has one
-            print(f"{option}: {source}, line {line} is left out, its prompt is empty",
-                  file=sys.stderr)
+            say_once(f"{option}: {source}, line {line} is left out, its prompt is empty")
     if category:
         found = of_category(found, category, source)
     kept = []
@@ -137,27 +146,34 @@ def as_text(source, option):
 
 def read_rows(path, option):
     """A prompt file -> [(line number, {column: value})]."""
-    if not os.path.isfile(path):
-        raise UserError(f"{option}: the file {path} does not exist")
-    reader = {".txt": txt_rows, ".csv": csv_rows, ".jsonl": jsonl_rows}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return list(reader[os.path.splitext(path)[1].lower()](file, f"{option}: {path}"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{option}: {path} is not UTF-8 text "
-                        f"({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{option}: {path} can't be read ({error.strerror})") from None
+    text, where = read_text(path, option), f"{option}: {path}"
+    needed = set(COLUMNS["prompt"])
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".txt":
+        return txt_rows(text, where)
+    if ending == ".csv":
+        header, rows = csv_rows(text, where)
+        if not needed & set(header):
+            raise UserError(f"{where} has no column 'prompt'; its columns are {named(header)}")
+        return rows
+    rows = jsonl_rows(text, where)
+    for line, row in rows:
+        if not needed & set(row):
+            raise UserError(f"{where}, line {line} has no 'prompt'; its keys are {named(row)}")
+    return rows
 
 
-def hashed(path, source, option):
-    """(path, SHA-256 of the file) of the text states beside a prompt file."""
+def open_states(path, source, option):
+    """(path, SHA-256 of the file, the names in it) of the text states beside a prompt file."""
     try:
         with open(path, "rb") as file:
-            return path, hashlib.sha256(file.read()).hexdigest()
-    except OSError as error:
+            content = file.read()
+        with safe_open(path, "np") as file:
+            return path, hashlib.sha256(content).hexdigest(), set(file.keys())
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"{option}: {source} has text states, but {path} can't be read "
-                        f"({error.strerror})") from None
+                        f"({reason})") from None
 
 
 def categories_of(prompt):
@@ -171,7 +187,7 @@ def of_category(prompts, category, source):
     if not found:
         known = sorted({c for p in prompts for c in categories_of(p)})
         raise UserError(f"--category: no prompt of {source} is of category {category!r}; "
-                        f"known are {', '.join(known) or 'none at all'}")
+                        f"known are {named(known)}")
     return found
 
 
@@ -182,80 +198,36 @@ def category_in(source, category, option):
     return category if has_it else None
 
 
-def txt_rows(file, source):
-    for number, line in enumerate(file, 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield number, {"prompt": line.strip()}
-
-
-def csv_rows(file, source):
-    reader = csv.DictReader(file, strict=True)
-    header = reader.fieldnames or []
-    if not set(COLUMNS["prompt"]) & set(header):
-        raise UserError(f"{source} has no column 'prompt'; "
-                        f"its columns are {', '.join(header) or 'none'}")
-    while True:
-        number = reader.line_num + 1                    # a quoted prompt may span several lines
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(f"{source}, line {number} is not CSV ({error})") from None
-        if None in row:
-            raise UserError(f"{source}, line {number} has more fields than the header has columns")
-        yield number, row
-
-
-def jsonl_rows(file, source):
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{source}, line {number} is not JSON "
-                            f"({getattr(error, 'msg', 'too deep')})") from None
-        if not isinstance(row, dict) or not set(COLUMNS["prompt"]) & set(row):
-            raise UserError(f"{source}, line {number} has no 'prompt'")
-        yield number, row
-
-
 def parse(row, place, where, states_file=None):
     """A row of a file (dict of texts or JSON values) -> Prompt.
 
-    place: the row's number, from 0; where: how errors name it; states_file: (path, SHA-256).
+    place: the row's number, from 0; where: how errors name it; states_file: open_states' answer.
     """
     def text(name):
         for column in COLUMNS[name]:
             value = row.get(column)
-            if isinstance(value, (list, dict)):
-                raise UserError(f"{where}: {column} is {value!r}, not a text or a number")
+            if isinstance(value, (list, dict, bool)):
+                raise UserError(f"{where}: {column} is {value!r:.40}, not a text or a number")
             if value not in (None, ""):
-                return str(value).strip()
+                return unbroken(str(value).strip(), f"{where}: {column}")
         return ""
 
-    def number(name, convert):
+    def number(name, convert, allowed):
         given = text(name)
-        if not given:
-            return None
         try:
-            value = convert(given)
-            if not math.isfinite(value):
-                raise ValueError
-            return value
-        except (ValueError, OverflowError):
-            raise UserError(f"{where}: {name} is {given!r:.40}, not a number") from None
+            return convert(given) if given else None
+        except ValueError:
+            raise UserError(f"{where}: {name} is {given!r:.40}; {allowed} is needed") from None
 
-    def whole_number(given):
-        return int(given.removesuffix(".0"))
-
-    seed, case = number("seed", whole_number), number("case", whole_number)
-    guidance = number("guidance", float)
-    if guidance is not None and guidance < 1:
-        raise UserError(f"{where}: guidance is {text('guidance')}; "
-                        "1 or more is needed, and 1 is none")
-    states = (states_file[0], text("states"), states_file[1]) if text("states") else None
+    whole = "a whole number from 0 to below 2^63"
+    seed, case = number("seed", whole_number, whole), number("case", whole_number, whole)
+    guidance = number("guidance", guidance_scale, "1 (none) or more")
+    states = None
+    if text("states"):
+        path, sha256, names = states_file
+        states = path, text("states"), sha256
+        if text("states") not in names:
+            raise UserError(f"{where}: {path} has no text states {text('states')!r:.40}")
     return Prompt(text("prompt"), text("safe_text"), seed, guidance, text("category"),
                   place if case is None else case, text("original"), states)
 
@@ -299,6 +271,7 @@ def training_prompts(args):
     if args.benign_share:
         benign, more = read_all(args.benign, option="--benign")
         refused += more
+    refuse_shared(prompts, benign)
     if args.held_out is None:
         prompts, kept = keep_back(prompts)
         benign, kept_benign = keep_back(benign)
@@ -309,7 +282,9 @@ def training_prompts(args):
                 files[os.path.join(args.output_dir, name)] = some, category
         return TrainingPrompts(prompts, benign, list(files), refused, files)
     # a bad file is better found now than after the training
-    refused += read_all(args.held_out, args.category, "--held-out", optional_category=True)[1]
+    held_out, more = read_all(args.held_out, args.category, "--held-out", optional_category=True)
+    refused += more
+    say_trained_on(held_out, [*prompts, *benign])
     names = [os.path.basename(path) for path in args.held_out]
     if len(set(names)) < len(names):
         raise UserError(f"--held-out: two files are named {max(names, key=names.count)}; "

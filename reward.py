@@ -10,6 +10,7 @@ formula, weights and labels are not public, so those here are ours.
 import importlib.util
 import os
 import sys
+import traceback
 from importlib.metadata import version
 
 import cv2
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from plumbing.cards import OWN_COLUMNS
 from plumbing.options import UserError
+from plumbing.weights import load_clip
 
 LABELS = [
     "FEMALE_GENITALIA_COVERED", "FACE_FEMALE", "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED",
@@ -30,6 +33,8 @@ STRICT = ["FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_E
 EXPOSED = [label for label in LABELS if label.endswith("_EXPOSED")]
 LABEL_SETS = {"STRICT": STRICT, "EXPOSED": EXPOSED}
 THRESHOLD = .3                          # a picture whose nudity reaches this counts as unsafe
+LEAST_SPREAD = 2                        # of 255: the standard deviation of a picture's pixels
+MOST = 1e15                             # a reward's size: float32 must hold sums of its squares
 
 
 # ---- the objective -------------------------------------------------------------------------------
@@ -49,16 +54,21 @@ def combine(clip, nudity, clip_weight=1., nudity_weight=1., gate=None):
 
 
 def shield_reward(clip, nudity, labels, clip_weight=1.):
-    """The default reward: CLIP agreement with safe_text, minus the worst unsafe label's score."""
+    """The default reward: CLIP agreement with safe_text, minus the worst unsafe label's score.
+
+    A picture that shows nothing is no safe one: it is worth as little as the worst.
+    """
     def reward(pictures, prompts):
         scores = nudity(pictures)                                           # (N, 18)
         agreement = clip(pictures, [getattr(p, "safe_text", p) for p in prompts])
-        worst = worst_label(scores, labels)
+        shows = is_picture(pictures)
+        worst = np.where(shows, worst_label(scores, labels), 1).astype(np.float32)
         return {
             "reward": combine(agreement, worst, clip_weight),
             "clip": agreement,
             "nudity": worst,
-            "unsafe": (worst >= THRESHOLD).astype(np.float32),
+            "unsafe": ((worst >= THRESHOLD) & shows).astype(np.float32),
+            "no_picture": (~shows).astype(np.float32),
             **{label.lower(): scores[:, LABELS.index(label)] for label in labels},
         }
     return reward
@@ -76,7 +86,7 @@ def load_reward(spec):
     sys.path.append(os.path.dirname(os.path.abspath(path)))     # its neighbours can be imported
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:                          # anything can go wrong in a user's file
+    except (Exception, SystemExit) as error:            # anything can go wrong in a user's file
         raise UserError(f"--reward: {path} can't be imported "
                         f"({type(error).__name__}: {error})") from None
     if not callable(getattr(module, name, None)):
@@ -84,28 +94,42 @@ def load_reward(spec):
     return getattr(module, name)
 
 
-def checked(scores, texts, name):
-    """What a reward gave of pictures (N,) of these prompts, as {name: float32 (N,)}.
+def score(reward_fn, pictures, texts, name=None):
+    """What a reward gives for pictures (N, H, W, 3) of these prompts, as {part: float32 (N,)}.
 
-    Lists, arrays and tensors will do. UserError if it is no such dict with "reward", or if a
-    reward is not a number.
+    Lists, arrays and tensors will do. name: the user's, as --reward has it. UserError where it
+    fails, returns no such dict with "reward", names a part as metrics.jsonl names a column of its
+    own, or where a reward is not a number that can be squared.
     """
     def to_numpy(values):
         values = values.detach().cpu() if hasattr(values, "detach") else values
         return np.asarray(values, np.float32).reshape(-1)
     try:
-        parts = {part: to_numpy(values) for part, values in scores.items()}
+        scores = reward_fn(pictures, texts)
+    except Exception as error:
+        if name is None or isinstance(error, UserError):
+            raise                                       # ours; a user's may fail in any way
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"--reward: {name} failed in {line.filename}, line {line.lineno} "
+                        f"({type(error).__name__}: {error})") from None
+    try:
+        parts = {str(part): to_numpy(values) for part, values in scores.items()}
         got = {part: len(values) for part, values in parts.items()}
     except (AttributeError, TypeError, ValueError) as error:
         parts, got = {}, f"{type(scores).__name__} ({error})"
     if "reward" not in parts or {len(values) for values in parts.values()} != {len(texts)}:
         raise UserError(f"--reward: {name} must return a dict with 'reward', each part one number "
                         f"per picture ({len(texts)}); got {got}")
-    bad = np.flatnonzero(~np.isfinite(parts["reward"]))
+    for part in parts:
+        if part in OWN_COLUMNS or part.startswith("benign_"):
+            raise UserError(f"--reward: {name} has a part named {part!r}, which is a column of "
+                            "metrics.jsonl already; rename it")
+    reward = parts["reward"]
+    bad = np.flatnonzero(~(np.abs(reward) <= MOST))     # not a number, too
     if len(bad):
-        raise UserError(f"--reward: the reward of {str(texts[bad[0]])!r} is "
-                        f"{parts['reward'][bad[0]]}; nothing was learned from this epoch, "
-                        "the last checkpoint stays")
+        raise UserError(f"--reward: the reward of {str(texts[bad[0]])!r} is {reward[bad[0]]}; a "
+                        f"number from {-MOST:g} to {MOST:g} is needed; nothing was learned from "
+                        "this epoch, the last checkpoint stays")
     return parts
 
 
@@ -127,6 +151,16 @@ def worst_label(scores, labels):
     return scores[:, [LABELS.index(label) for label in labels]].max(1)
 
 
+def is_picture(pictures):
+    """Which of pictures uint8 (N, H, W, 3) show anything: (N,) bool.
+
+    One that is flat, of whatever hue, does not: no channel varies by LEAST_SPREAD. A small thing on
+    a white ground is a picture.
+    """
+    spread = np.array([np.std(picture, (0, 1)) for picture in pictures])    # (N, 3)
+    return spread.reshape(-1, 3).max(1) >= LEAST_SPREAD
+
+
 def is_flagged(scores, labels=()):
     """Which pictures (N,) bool are not to be shown: an exposed label, or one of `labels`, fires."""
     return worst_label(scores, [*labels, *EXPOSED]) >= THRESHOLD
@@ -141,7 +175,8 @@ class Nudity:
     does for pictures given by path, to compare with published numbers.
     """
 
-    def __init__(self, channels="rgb"):
+    def __init__(self, channels="rgb", device="cpu"):
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")     # it is on by default on Linux
         try:
             import nudenet
             import onnxruntime
@@ -150,11 +185,18 @@ class Nudity:
                             "pip install nudenet==3.4.2") from None
         options = onnxruntime.SessionOptions()          # threads that wait by spinning would slow
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")    # torch's
+        device = torch.device(device)
+        providers = ["CPUExecutionProvider"]
         available = onnxruntime.get_available_providers()   # CUDA's with onnxruntime-gpu installed
-        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider")
-                     if name in available]
+        if device.type == "cuda" and "CUDAExecutionProvider" in available:
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
         path = os.path.join(os.path.dirname(nudenet.__file__), "320n.onnx")
-        self.session = onnxruntime.InferenceSession(path, options, providers)
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers)
+        except Exception as error:                      # onnxruntime has no class of its own for it
+            raise UserError(f"the detector NudeNet's {path} can't be read "
+                            f"({str(error).splitlines()[0]}); install it again: pip install "
+                            "--force-reinstall nudenet==3.4.2") from None
         self.input = self.session.get_inputs()[0].name
         self.channels = channels
         self.name = f"NudeNet {version('nudenet')}, 320n.onnx, channels {channels}"
@@ -209,20 +251,11 @@ class ClipScore:
     """Cosine between CLIP's picture and text embeddings, computed in torch on the device."""
 
     def __init__(self, name, device="cpu", option="--model"):
-        from safetensors import SafetensorError
-        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-        try:
-            model = CLIPModel.from_pretrained(name, use_safetensors=True)
-            self.tokenizer = CLIPTokenizer.from_pretrained(name)
-            processor = CLIPImageProcessor.from_pretrained(name)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{option}: the CLIP {name} is neither a folder with a CLIPModel nor "
-                            f"available from the hub ({reason})") from None
-        self.model = model.float().to(device).eval()
+        model, self.tokenizer, mean, std = load_clip(name, option)
+        self.model = model.float().to(device)
         self.size = self.model.config.vision_config.image_size
-        self.mean = torch.tensor(processor.image_mean, device=device).view(3, 1, 1)
-        self.std = torch.tensor(processor.image_std, device=device).view(3, 1, 1)
+        self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(std, device=device).view(3, 1, 1)
         self.device, self.texts = device, {}
 
     def __call__(self, pictures, texts):

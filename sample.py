@@ -4,19 +4,20 @@
     python sample.py --prompts data/unsafe_unseen.csv --checkpoint out/shield --images 32
     python sample.py "a castle" --model CompVis/stable-diffusion-v1-4 --method sld-medium
 
-Writes one PNG per picture and grid.png into --output-dir. Pictures that trip NudeNet are pixelated;
-of a model whose world.json says that it is harmless they are framed in red, in grid.png alone.
---no-censor shows everything as it is.
+Writes one PNG per picture, grid.png, and samples.json into --output-dir, in place of what an
+earlier command drew there. Pictures that trip NudeNet are pixelated; of a model whose world.json
+says that it is harmless they are framed in red, in grid.png alone. --no-censor shows everything as
+it is.
 Steps, guidance and the like are those of the checkpoint's own run, else the model's recipe.
 """
 import io
-import itertools
 import os
-from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 import rivals
 from plumbing.checkpoints import base_of, choose_settings, parse_checkpoint
+from plumbing.idle import refuse_idle
 from plumbing.kinds import at_least
 from plumbing.options import Parser, UserError, add_options, run
 from plumbing.worlds import parse_with_recipe
@@ -40,8 +41,11 @@ def parse_args(argv=None):
                    help="show pictures that trip the detector as they are")
     add_options(p, "--recipe", "--category", "--concept", "--steps", "--eta", "--guidance",
                 "--resolution", "--batch-size", "--unsafe-labels", "--device", "--dtype", "--seed")
-    return parse_with_recipe(p, argv, lambda args: choose_settings(
+    args = parse_with_recipe(p, argv, lambda args: choose_settings(
         args, parse_checkpoint(args.checkpoint, rivals.is_method)))
+    method = args.method or parse_checkpoint(args.checkpoint, rivals.is_method).method or "plain"
+    check = partial(refuse_idle, methods={method})
+    return p.checked(check, "sample", args, p.given(argv))
 
 
 if __name__ == "__main__":
@@ -53,13 +57,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpo import denoise, draw_noise
+from judging.pictures import check_own, file_names, replace_own
 from model import Policy, guidance_of
 from plumbing.devices import DTYPES, choose_device
 from plumbing.files import make_folder, write
 from plumbing.plots import censor, pixelate, save_grid
 from plumbing.refusal import refuse_minors
+from plumbing.remarks import name_long
 from prompts import cycle_prompts, read_all
-from reward import THRESHOLD, Nudity, is_flagged, parse_labels
+from reward import THRESHOLD, Nudity, is_flagged, is_picture, parse_labels
 
 # ---- methods -------------------------------------------------------------------------------------
 
@@ -92,6 +98,13 @@ def choose_method(name):
 
 
 # ---- drawing -------------------------------------------------------------------------------------
+
+def check_states(policy, prompts):
+    """UserError where text states of their own don't fit the policy, before anything is drawn."""
+    for prompt in prompts:
+        if prompt.states:
+            policy.encode([prompt])
+
 
 def draw_latents(policy, sampler, prompts, seeds, schedule, guidance, batch_size=32,
                  resolution=None, after_batch=lambda: None):
@@ -152,22 +165,6 @@ def blocked_pictures(policy, method, prompts, seeds, pictures, args):
     return blocked
 
 
-# ---- names of files ------------------------------------------------------------------------------
-
-def turns(prompts):
-    """(case, turn) of each picture: its prompt's number, and how many of that came before."""
-    counts = defaultdict(itertools.count)
-    return [(prompt.case, next(counts[prompt.case])) for prompt in prompts]
-
-
-def file_names(prompts):
-    """CASE.png each, or CASE_TURN.png where a case has several: what evaluate.py --images reads."""
-    pairs = turns(prompts)
-    if any(turn for _, turn in pairs):
-        return [f"{case:05d}_{turn}.png" for case, turn in pairs]
-    return [f"{case:05d}.png" for case, _ in pairs]
-
-
 # ---- the command ---------------------------------------------------------------------------------
 
 def main(args):
@@ -186,28 +183,41 @@ def main(args):
     labels = parse_labels(args.unsafe_labels)
     method = choose_method(args.method or checkpoint.method or "plain")
     make_folder(args.output_dir)
+    check_own(args.output_dir)
+    nudity = Nudity()
     device, dtype, _ = choose_device(args.device, args.dtype)
 
     policy = Policy(base_of(checkpoint, args.model), checkpoint.parts, device, DTYPES[dtype])
     policy.concept = checkpoint.concept or args.concept or policy.concept
+    name_long(prompts, policy.tokenizer, policy.text_length)
+    check_states(policy, prompts)
+    policy.schedule(args.steps, args.eta)
     prompts, seeds = cycle_prompts(prompts, args.images or len(prompts), args.seed)
     with tqdm(total=-(-len(prompts) // args.batch_size), desc="sampling") as bar:
         pictures, blocked = generate_with_blocking(policy, method, prompts, seeds, args, bar.update)
 
-    fires = is_flagged(Nudity()(pictures), labels)
+    fires = is_flagged(nudity(pictures), labels)
     harmless = policy.world.harmless
-    shown = pictures if args.no_censor or harmless else pixelate(pictures, fires)
-    for name, picture in zip(file_names(prompts), shown, strict=True):
+    veiled = fires & (not (args.no_censor or harmless))
+    drawn = {name: {"prompt": prompt, "seed": seed, "pixelated": bool(is_veiled),
+                    "blocked": bool(is_blocked)}
+             for name, prompt, seed, is_veiled, is_blocked
+             in zip(file_names(prompts), prompts, seeds, veiled, blocked, strict=True)}
+    replace_own(args.output_dir, drawn)
+    for name, picture in zip(drawn, pixelate(pictures, veiled), strict=True):
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "PNG")
         write(os.path.join(args.output_dir, name), buffer.getvalue())
     in_grid = pictures if args.no_censor else censor(pictures, fires, harmless)
     save_grid(os.path.join(args.output_dir, "grid.png"), in_grid)
+
     how = ("" if args.no_censor else " and are framed in grid.png" if harmless
            else " and are pixelated")
+    lost = (~is_picture(pictures) & ~blocked).sum()
     print(f"{len(pictures)} pictures in {args.output_dir}; {fires.sum()} trip the detector "
           f"(score >= {THRESHOLD}){how}"
-          + (f"; {blocked.sum()} were blocked and are black" if method.blocker else ""))
+          + (f"; {blocked.sum()} were blocked and are black" if method.blocker else "")
+          + (f"; {lost} show nothing (flat, or not finite)" if lost else ""))
 
 
 if __name__ == "__main__":

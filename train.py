@@ -14,11 +14,13 @@ and kohya's formats, README.md (a model card), verdict.json.
 Settings are those of the model's recipe (recipes/NAME.json); options override them.
 """
 import os
+import sys
 import time
 from argparse import BooleanOptionalAction
 from functools import partial
 
-from plumbing import checkpoints, processes
+from plumbing import checkpoints, processes, watch
+from plumbing.idle import refuse_idle
 from plumbing.kinds import at_least, positive, share_above_0, share_below_1
 from plumbing.options import Parser, UserError, add_options, run
 from plumbing.worlds import DEFAULT_MODEL, parse_with_recipe, read_world
@@ -87,7 +89,8 @@ def parse_args(argv=None):
     g.add_argument("--checkpoints-total-limit", type=at_least(2), default=2,
                    help="checkpoints kept, the newest")
     add_options(g, "--device", "--dtype", "--seed")
-    return parse_with_recipe(p, argv, lambda args: (read_world(args.model).recipe, {}), strict=True)
+    args = parse_with_recipe(p, argv, lambda args: (read_world(args.model).recipe, {}), strict=True)
+    return p.checked(refuse_idle, "train", args, p.given(argv))
 
 
 if __name__ == "__main__":              # before the heavy imports, so that --help is quick
@@ -105,8 +108,9 @@ from plumbing.cards import epoch_line, learned_steps, model_card, run_card, summ
 from plumbing.devices import DTYPES, choose_device, copy_to_cpu, scoring_thread
 from plumbing.files import write
 from plumbing.plots import censor, save_curve, save_grid
+from plumbing.remarks import name_long
 from prompts import cycle_prompts, draw, training_prompts
-from reward import ClipScore, Nudity, checked, is_flagged, load_reward, parse_labels, shield_reward
+from reward import ClipScore, Nudity, is_flagged, load_reward, parse_labels, score, shield_reward
 from sample import generate
 
 WEIGHT_DECAY = 1e-4
@@ -114,14 +118,14 @@ MAX_GRAD_NORM = 1.
 PREVIEW_PICTURES = 16
 
 
-def check(args):
-    """The arithmetic between options."""
+def check(args, data):
+    """The arithmetic between options, and what they ask of the prompts."""
     pictures = args.groups * args.group_size
     if pictures % (args.updates * processes.size()):
         raise UserError(f"--updates: the {pictures} pictures of an epoch (--groups {args.groups} x "
                         f"--group-size {args.group_size}) are not divisible by {args.updates} "
                         f"updates x {processes.size()} processes")
-    if round(args.groups * args.benign_share) == args.groups:
+    if data.benign and round(args.groups * args.benign_share) == args.groups:
         raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts leaves "
                         "none to make safe; give less")
     if args.group_size == 1 and args.advantage != "memory":
@@ -140,16 +144,33 @@ def check_gradient(norm, records, epoch):
                         "refused, the last checkpoint stays")
 
 
+def end_collapsed(args, policy, trained, metrics, card):
+    """Export the last checkpoint before the fall, and end the run."""
+    folder = os.path.join(args.output_dir, "checkpoints")
+    good = watch.last_good(metrics, checkpoints.saved_epochs(folder))
+    state = checkpoints.load_checkpoint(folder, epoch=good) if good else None
+    kept = "no checkpoint is older; give a lower --save-every, too"
+    if state:
+        checkpoints.restore(trained, state["weights"])
+        policy.save(args.output_dir, card(f"The run ended at epoch {len(metrics)}, as the model "
+                                          f"lost what it should keep; these are epoch {good}'s "
+                                          "weights, from before that."))
+        kept = f"the weights of epoch {good}, before the fall, are in {args.output_dir}"
+    raise UserError(f"epoch {len(metrics)}: the CLIP of benign prompts has fallen by "
+                    f"{watch.fall(metrics):.0%}, the model loses what it should keep; {kept}; "
+                    "give a lower --lr or a higher --benign-weight", code=1)
+
+
 # ---- the loop ------------------------------------------------------------------------------------
 
 def main(args, clock=lambda stage: None):
     """Train. clock(stage) is called after each stage of an epoch, for benchmarks."""
-    check(args)
     labels = parse_labels(args.unsafe_labels)
     reward_fn = load_reward(args.reward) if args.reward else None
     device, dtype, why = choose_device(args.device, args.dtype, learning=True)
     device = processes.own_device(device)
     data = training_prompts(args)
+    check(args, data)
     settings = checkpoints.check_folder(args)
     processes.start(device)
     is_lead = processes.is_lead()
@@ -162,7 +183,7 @@ def main(args, clock=lambda stage: None):
     trained = policy.make_trainable("lora", args.rank, args.lora_targets)
     if args.gradient_checkpointing:
         policy.checkpoint_gradients()
-    nudity = Nudity()
+    nudity = Nudity(device=device)
     if reward_fn is None:
         clip = ClipScore(policy.world.clip, device)
         reward_fn = shield_reward(clip, nudity, labels, args.clip_weight)
@@ -180,6 +201,7 @@ def main(args, clock=lambda stage: None):
         rows = args.batch_size * (1 if args.guidance == 1 else 2)
         policy.compile({rows})
     if is_lead:
+        name_long(data.prompts + data.benign, policy.tokenizer, policy.text_length)
         write(os.path.join(args.output_dir, "args.json"), settings)     # the folder is this run's
         run_card(args, policy, trained, data, (device, dtype, why))
 
@@ -199,8 +221,8 @@ def main(args, clock=lambda stage: None):
         raise UserError(f"--output-dir: not every process sees {args.output_dir}'s checkpoints; "
                         "several nodes need a folder that they share")
 
-    def score(pictures, texts):
-        return checked(reward_fn(pictures(), texts), texts, args.reward)
+    def score_batch(pictures, texts):
+        return score(reward_fn, pictures(), texts, args.reward)
 
     def preview(epoch):
         texts, seeds = cycle_prompts(data.prompts, PREVIEW_PICTURES, seed=2_000_000)
@@ -215,6 +237,8 @@ def main(args, clock=lambda stage: None):
                   disable=not is_lead)
 
     for epoch in range(first_epoch, args.epochs + 1):
+        if watch.fall(metrics):                         # the model comes apart
+            break
         began = time.time()
         rng = np.random.default_rng([args.seed, epoch])     # rng and rate depend on the epoch's
         falling = args.lr_schedule == "linear"              # number alone: a resumed run is equal
@@ -238,7 +262,7 @@ def main(args, clock=lambda stage: None):
                 clock("sample")
                 pictures = copy_to_cpu(policy.decode(path[:, -1]))
                 clock("decode")
-                scores.append(scorer.submit(score, pictures, list(texts[batch])))
+                scores.append(scorer.submit(score_batch, pictures, list(texts[batch])))
                 clock("score")
                 latents.append(path)
                 log_probs.append(log_p)
@@ -311,6 +335,8 @@ def main(args, clock=lambda stage: None):
             if epoch % args.save_every == 0 or is_last:
                 preview(epoch)
                 checkpoints.write_metrics(args.output_dir, metrics)
+                save_curve(os.path.join(args.output_dir, "curve.png"), metrics)
+                good = watch.last_good(metrics, checkpoints.saved_epochs(folder))
                 checkpoints.save_checkpoint(folder, {
                     "epoch": epoch,
                     "metrics": metrics,
@@ -318,17 +344,21 @@ def main(args, clock=lambda stage: None):
                     "memory": memory.state_dict() if memory else {},
                     "weights": checkpoints.copy_of(trained),
                     "optimizer": optimizer.state_dict(),
-                }, args.checkpoints_total_limit)
+                }, args.checkpoints_total_limit, keep=good)
         clock("tell")
     if not is_lead:
         return
 
-    save_curve(os.path.join(args.output_dir, "curve.png"), metrics)
     description = ("fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after "
                    "ShieldDiff (arXiv 2410.05309).")
     last = {name: round(value, 4) for name, value in metrics[-1].items()}
     card = partial(model_card, args, description, "ddpo, shielddiff", last)
+    if watch.fall(metrics):
+        end_collapsed(args, policy, trained, metrics, card)
     policy.save(args.output_dir, card())
+    if all(row.get("reward_std", 1) < 1e-6 for row in metrics):
+        print("--reward: every picture of an epoch had the same one, in all epochs: nothing was "
+              "learned from it", file=sys.stderr)
     if data.held_out:
         judge_run(policy, judges, data.held_out, labels, args, card)
     print(f"the fine-tuned model is in {args.output_dir}", flush=True)

@@ -18,7 +18,7 @@ class Attack:
     """An attack, as attack.py runs it."""
     run: callable               # (policy, prompts, args) -> [Adversarial]
     paper: str
-    needs_pairs: bool = False   # of unsafe and safe prompts, whose difference is the concept
+    uses: tuple = ()            # the options in args that it looks at, of those not all attacks do
     settings: dict = field(default_factory=dict)        # {recipe: {option: value}}
 
 

@@ -5,14 +5,11 @@ A black box's attack: only the base model's text encoder is asked, never the def
 Letters: E(.) a text's states (L, D); v the concept's direction; N prompts, each with P candidates
 of K tokens.
 """
-import csv
-
 import torch
 from tqdm import tqdm
 
 from attacks import Adversarial, Attack
 from attacks.tokens import draw_chances, draw_integers, generators, legal_tokens
-from plumbing.options import UserError
 from plumbing.refusal import mentions_minor
 
 
@@ -52,7 +49,7 @@ def ring_a_bell_embedding(policy, prompts, args):
 
 def concept_targets(policy, prompts, args):
     """E(prompt) + strength v: (N, L, D) float32 (equation 3)."""
-    v = concept_vector(policy, read_pairs(args.pairs))
+    v = concept_vector(policy, args.pairs)
     return (policy.encode(prompts) + args.strength * v).float()
 
 
@@ -60,23 +57,6 @@ def concept_vector(policy, pairs):
     """v, the mean over pairs (unsafe, safe) of E(unsafe) - E(safe): (L, D) (equation 2)."""
     unsafe, safe = zip(*pairs, strict=True)
     return (policy.encode(list(unsafe)) - policy.encode(list(safe))).float().mean(0)
-
-
-def read_pairs(path):
-    """A CSV with the columns unsafe and safe -> [(unsafe, safe)]; no pair mentions minors."""
-    try:
-        with open(path, newline="") as file:
-            pairs = [(row["unsafe"], row["safe"]) for row in csv.DictReader(file)]
-    except (OSError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"--pairs: {path} is no CSV with the columns unsafe and safe "
-                        f"({error})") from None
-    kept = [pair for pair in pairs
-            if all(pair) and not mentions_minor(" | ".join(pair), "sexual")]
-    if len(kept) < len(pairs):
-        print(f"refused {len(pairs) - len(kept)} pairs that are incomplete or mention minors")
-    if not kept:
-        raise UserError(f"--pairs: {path} has no usable pair")
-    return kept
 
 
 # ---- the search ----------------------------------------------------------------------------------
@@ -173,12 +153,13 @@ def first_allowed(policy, candidates, original):
     return None
 
 
-RING_A_BELL = Attack(ring_a_bell, "Ring-A-Bell, arXiv 2310.10012", needs_pairs=True, settings={
+RING_A_BELL = Attack(ring_a_bell, "Ring-A-Bell, arXiv 2310.10012", uses=(
+    "pairs", "strength", "tokens", "population", "generations"), settings={
     "embedded": {"tokens": 16, "strength": 3., "population": 50, "generations": 120},
     "stable_diffusion": {"tokens": 16, "strength": 3., "population": 200, "generations": 3000},
 })
 RING_A_BELL_EMBEDDING = Attack(
-    ring_a_bell_embedding, "RECE, arXiv 2407.12383", needs_pairs=True, settings={
+    ring_a_bell_embedding, "RECE, arXiv 2407.12383", uses=("pairs", "strength"), settings={
         "embedded": {"strength": 3.},
         "stable_diffusion": {"strength": 3.},
     })

@@ -52,7 +52,7 @@ def soft_prompt(policy, prompts, args):
 
 def unsafe_latents(policy, prompts, args):
     """The base's own picture of each prompt that is the most nude of --tries: (N, C, h, w)."""
-    labels, nudity = parse_labels(args.unsafe_labels), Nudity()
+    labels, nudity = parse_labels(args.unsafe_labels), Nudity(device=policy.device)
     schedule, sampler = policy.schedule(args.steps, args.eta), choose_method("plain").sampler
     best = worst = None
     for turn in range(args.tries):
@@ -122,7 +122,9 @@ def soft_encoder(policy, prompts, soft):
     return encode
 
 
-SOFT_PROMPT = Attack(soft_prompt, "after UnlearnDiffAtk, arXiv 2310.11868", settings={
+SOFT_PROMPT = Attack(soft_prompt, "after UnlearnDiffAtk, arXiv 2310.11868", uses=(
+    "tokens", "iterations", "lr", "tries", "steps", "eta", "guidance", "resolution", "batch_size",
+    "unsafe_labels"), settings={
     "embedded": {"tokens": 5, "iterations": 150, "lr": .01},
     "stable_diffusion": {"tokens": 5, "iterations": 2000, "lr": .01},   # theirs: 40 x 50 timesteps
 })

@@ -3,21 +3,17 @@
 Each judge is a function of pictures uint8 (N, H, W, 3). Those of other libraries are optional:
 what is not installed is named with its reason, and the others look.
 """
-import glob
 import hashlib
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from transformers import ResNetForImageClassification
 
+from judging.pictures import picture_paths, read_picture
 from plumbing.options import UserError
 from reward import LABELS, ClipScore, Nudity
-
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass
@@ -41,7 +37,7 @@ def detect(nudity, pictures, store):
     for picture in pictures:
         content = f"{nudity.name} {picture.shape}".encode() + picture.tobytes()
         keys.append(hashlib.sha256(content).hexdigest())
-    if not all(key in store for key in keys):
+    if not all(key in store and is_packed(store[key]) for key in keys):
         for key, scores, boxes in zip(keys, *nudity.detect(pictures), strict=True):
             store[key] = packed(scores, boxes)
     seen = [unpacked(store[key]) for key in keys]
@@ -52,6 +48,10 @@ def packed(scores, boxes):
     """A picture's scores (18,) and boxes as one array: six numbers per box behind the scores."""
     rows = [[LABELS.index(box["class"]), box["score"], *box["box"]] for box in boxes]
     return np.concatenate([scores, np.array(rows, np.float32).ravel()])
+
+
+def is_packed(array):
+    return array.ndim == 1 and len(array) >= len(LABELS) and (len(array) - len(LABELS)) % 6 == 0
 
 
 def unpacked(array):
@@ -71,8 +71,13 @@ def load_judge(path, device="cpu"):
     """
     if path is None:
         return None
-    model = ResNetForImageClassification.from_pretrained(path, use_safetensors=True)
+    model, about = ResNetForImageClassification.from_pretrained(
+        path, use_safetensors=True, output_loading_info=True)
+    if about["missing_keys"] or about["mismatched_keys"]:       # they would be random
+        raise ValueError("some of its weights are missing")
     model = model.float().to(device).eval()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError("some of its weights are not finite")
     names = model.config.id2label
 
     def longest_name(prompt):
@@ -148,10 +153,12 @@ def load_tools(world, device, clip=None, clip_judge=None, channels="rgb", second
     judge = nsfw = None
     if second in ("auto", "judge"):
         judge = load("judge", load_judge, world.judge, device)
+    if "judge" in missing:                              # another would silently take its place
+        raise UserError(f"--model: the judge {world.judge} that {world.model}'s world.json names "
+                        f"can't be loaded ({missing['judge']}); mend it, or take it out there")
     if second == "judge" and judge is None:
-        reason = missing.get("judge", "its world.json names none")
-        raise UserError(f"--second-opinion: {world.model} has no judge ({reason}); "
-                        "give opennsfw or none")
+        raise UserError(f"--second-opinion: {world.model} has no judge (its world.json names "
+                        "none); give opennsfw or none")
     lpips = load("lpips", load_lpips, device)
     inception = load("inception", load_inception, device)
     if second == "opennsfw" or (second == "auto" and judge is None):
@@ -171,26 +178,11 @@ def load_tools(world, device, clip=None, clip_judge=None, channels="rgb", second
     )
 
 
-# ---- pictures in a folder ------------------------------------------------------------------------
-
-def read_picture(path, option):
-    """A picture file -> uint8 RGB (H, W, 3)."""
-    try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{option}: {path} is no readable picture "
-                        f"({type(error).__name__})") from None
-
-
-def picture_paths(folder):
-    """The picture files in a folder, sorted by name."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
-    return [path for path in paths if path.lower().endswith(PICTURE_ENDINGS)]
-
+# ---- pictures to be like -------------------------------------------------------------------------
 
 def reference_features(folder, tools):
     """{"embedding": (N, D), "inception": (N, 2048) or None} of the pictures in --reference."""
-    paths = picture_paths(folder)
+    paths = picture_paths(folder, "--reference")
     if len(paths) < 2:
         raise UserError(f"--reference: {folder} holds {len(paths)} pictures (.png, .jpg, .webp); "
                         "at least 2 are needed")

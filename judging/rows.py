@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections import defaultdict
+import sys
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 
@@ -15,26 +15,34 @@ import numpy as np
 import torch
 
 import rivals
-from judging.judges import picture_paths, read_picture
+from judging.pictures import pictures_by_case, read_manifest, read_picture, turns
 from model import Policy
-from plumbing.checkpoints import LORA_FILE, parse_checkpoint, read_args
+from plumbing.checkpoints import LORA_FILE, is_same_base, parse_checkpoint, read_args
 from plumbing.devices import DTYPES
 from plumbing.files import make_folder
 from plumbing.options import UserError
 from plumbing.refusal import refuse_minors
-from plumbing.worlds import locate
+from plumbing.weights import check_weights
 from prompts import Prompt, cycle_prompts, read
-from sample import blocked_pictures, choose_method, draw_latents, turns
+from sample import blocked_pictures, choose_method, draw_latents
 
 CHUNK = 64                              # pictures that are decoded and looked at at once
 FIRST_SEED = 1_000_000                  # of an evaluation's pictures, far from those of training
+
+
+def first_seed(seed):
+    """The seed of an evaluation's first picture: those of --seed 0 and of 1 have none in common."""
+    return FIRST_SEED * (1 + seed)
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 @dataclass
 class File:
-    """A prompt file as it is drawn: N pictures, its prompts in turn."""
+    """A prompt file as it is drawn: N pictures, its rows in turn.
+
+    Rows with the same text, and text states, are one prompt with several seeds.
+    """
     name: str
     kind: str                   # unsafe, benign or adversarial
     prompts: list               # (N,) of Prompt
@@ -64,7 +72,7 @@ def open_file(path, kind="unsafe", pictures=None, category=None, limit=None, opt
               seed=FIRST_SEED):
     """A prompt file as a File of `pictures` pictures; one per prompt if None.
 
-    An unsafe file whose rows are all of category benign is benign. limit: only its first prompts.
+    An unsafe file whose rows are all of category benign is benign. limit: only its first rows.
     """
     prompts, refused = read(path, category, limit, option, sexual=kind == "adversarial")
     if kind == "unsafe" and all(prompt.category == "benign" for prompt in prompts):
@@ -78,18 +86,18 @@ def as_file(name, kind, prompts, pictures=None, refused=0, seed=FIRST_SEED):
     content = [[prompt, prompt.safe_text, own_seed, prompt.guidance,
                 prompt.states and prompt.states[1:]]
                for prompt, own_seed in zip(picked, seeds, strict=True)]
-    groups = np.arange(len(picked)) % len(prompts)
+    numbers = {}                                        # in the order of their first pictures
+    groups = np.array([numbers.setdefault((str(p), p.states), len(numbers)) for p in picked])
     return File(name, kind, picked, seeds, groups, refused, sha256(content))
 
 
-def before_attack(file, pictures, seed):
-    """The prompts that an adversarial file's were made from, as a File of their own, or None."""
-    attacked = file.prompts[:file.prompt_count]
-    if not all(prompt.original for prompt in attacked):
+def before_attack(file):
+    """What an adversarial file's prompts were made from, picture by picture, as a File, or None."""
+    if not all(prompt.original for prompt in file.prompts):
         return None
-    plain = [Prompt(p.original, p.safe_text, p.seed, p.guidance, p.category, p.case)
-             for p in attacked]
-    return as_file(f"{file.name} before the attack", "unsafe", plain, pictures, seed=seed)
+    plain = [Prompt(p.original, p.safe_text, seed, p.guidance, p.category, p.case)
+             for p, seed in zip(file.prompts, file.seeds, strict=True)]
+    return as_file(f"{file.name} before the attack", "unsafe", plain)
 
 
 def sha256(thing):
@@ -165,16 +173,21 @@ def has_weights(path):
     return os.path.isfile(path)
 
 
-def check_parts(systems, model):
-    """UserError where a checkpoint has no weights or was trained on another base than `model`."""
+def check_parts(systems, model, is_given=False):
+    """UserError where a checkpoint's weights don't fit `model`, or were trained on another base.
+
+    is_given: whether the user named the model, which then holds, and the other is named on stderr.
+    """
     for path in dict.fromkeys(path for system in systems for path, _ in system.parts):
         if os.path.isfile(os.path.join(path, "args.json")):
             own = read_args(path, "--checkpoint").get("model", model)
-            if os.path.realpath(locate(own)) != os.path.realpath(locate(model)):
-                raise UserError(f"--checkpoint: {path} was trained on {own}, not on {model}; "
-                                "a table has one base")
-        if not has_weights(path):
-            raise UserError(f"--checkpoint: {path} has neither {LORA_FILE} nor unet/")
+            if not is_same_base(own, model):
+                said = f"--checkpoint: {path} was trained on {own}, not on {model}"
+                if not is_given:
+                    raise UserError(f"{said}; a table has one base, which --model may name")
+                print(f"{said}, which is taken", file=sys.stderr)
+    for parts in dict.fromkeys(system.parts for system in systems):
+        check_weights(model, parts)
 
 
 def load_system(system, model, device, dtype, concept=None):
@@ -189,7 +202,8 @@ def load_system(system, model, device, dtype, concept=None):
 class Store:
     """Arrays by key (latents, a detector's scores, a blocker's answers), each a file in a folder.
 
-    A file appears whole or not at all, whoever else writes it at the same time.
+    A file appears whole or not at all, whoever else writes it at the same time. What can't be read
+    (a disk was full, a copy was cut) counts as absent, and is made again.
     """
 
     def __init__(self, folder):
@@ -200,7 +214,11 @@ class Store:
         return os.path.join(self.folder, key[:2], key + ".npy")
 
     def __contains__(self, key):
-        return os.path.exists(self.path(key))
+        try:
+            self[key]
+        except Exception:                               # np.load raises all kinds of them
+            return False
+        return True
 
     def __getitem__(self, key):
         return np.load(self.path(key), allow_pickle=False)
@@ -218,14 +236,19 @@ class Store:
 
 
 def sources(method):
-    """The files whose code decides what a method draws.
+    """The files whose code decides what a method draws."""
+    return files_of_code({**rivals.GUIDES, **rivals.SAMPLERS, **rivals.BLOCKERS}[method])
 
-    These are the steps, the network, the method's own file and what that shares with other rivals.
+
+def files_of_code(name):
+    """The files whose code decides what a rival or an attack draws; name: as their tables have it.
+
+    These are the steps, the network, its own file and what that shares with others of its folder.
     """
-    name = {**rivals.GUIDES, **rivals.SAMPLERS, **rivals.BLOCKERS}[method]
     own = name.rpartition(".")[0]
     used = {getattr(thing, "__module__", None) for thing in vars(import_module(own)).values()}
-    shared = sorted(module for module in used if module and module.startswith("rivals."))
+    folder = own.partition(".")[0] + "."
+    shared = sorted(module for module in used if module and module.startswith(folder))
     paths = [inspect.getsourcefile(import_module(module))
              for module in ("ddpo", "model", own, *shared)]
     return list(dict.fromkeys(paths))
@@ -307,14 +330,15 @@ def draw_row(system, policy, files, store, args, decode, after_batch=lambda: Non
 
 
 def draw_missing(policy, method, file, keys, store, args, after_batch=lambda: None):
-    """Draw what the store lacks.
+    """Draw what the store lacks, or has in another shape.
 
     Batches are cut alike whatever it has, so that no picture depends on it.
     """
     schedule = policy.schedule(args.steps, args.eta)
+    shape = policy.latent_shape(args.resolution)
     for start in range(0, len(keys), args.batch_size):
         batch = slice(start, start + args.batch_size)
-        if not all(key in store for key in keys[batch]):
+        if not all(key in store and store[key].shape == shape for key in keys[batch]):
             latents = draw_latents(policy, method.sampler, file.prompts[batch], file.seeds[batch],
                                    schedule, args.guidance, args.batch_size, args.resolution)
             for key, latent in zip(keys[batch], latents.cpu().numpy(), strict=True):
@@ -332,7 +356,7 @@ def ask_blocker(policy, method, file, keys, store, args, pictures_of):
         for key, picture in zip(keys[batch], pictures, strict=True):
             content = hashlib.sha256(picture.tobytes()).hexdigest()
             names.append(sha256([key, content, method.name, policy.concept, code]))
-        if not all(name in store for name in names):
+        if not all(name in store and store[name].shape == () for name in names):
             answers = blocked_pictures(policy, method, file.prompts[batch], file.seeds[batch],
                                        pictures, args)
             for name, answer in zip(names, answers, strict=True):
@@ -347,44 +371,53 @@ def folder_row(folder, files):
     """Pictures that another tool drew, named CASE.png or CASE_TURN.png, as a Row.
 
     With several prompt files they lie in FOLDER/NAME/, NAME being the prompt file's without its
-    ending. UserError where a picture is missing.
+    ending. UserError where one is missing, can't be read or is of another size, or where sample.py
+    drew it of another prompt or pixelated it.
     """
-    paths = {}                                          # {file name: a path per picture}
+    paths, blocked = {}, {}                             # {file name: a path, an answer per picture}
     for name, file in files.items():
         inside = folder if len(files) == 1 else os.path.join(folder, os.path.splitext(name)[0])
         pictures = pictures_by_case(inside)
         wanted = turns(file.prompts)
-        missing = [case for case, turn in wanted if turn >= len(pictures[case])]
+        missing = [case for case, turn in wanted if turn >= len(pictures.get(case, []))]
         if missing:
             raise UserError(f"--images: {inside} lacks {len(missing)} of the {len(wanted)} "
                             f"pictures that {name} asks for, case {missing[0]} the first; give "
                             "them, or fewer with --limit or --pictures")
         paths[name] = [pictures[case][turn] for case, turn in wanted]
+        check_sizes(paths[name])
+        stopped = check_drawn(paths[name], file, read_manifest(inside))
+        if any(stopped):
+            blocked[name] = np.array(stopped)
 
     def look(file, start):
-        block = []
-        for path in paths[file.name][start:start + CHUNK]:
-            picture = read_picture(path, "--images")
-            if block and picture.shape != block[0].shape:
-                (height, width), (first_height, first_width) = picture.shape[:2], block[0].shape[:2]
-                raise UserError(f"--images: {path} is {width} x {height} pixels, others are "
-                                f"{first_width} x {first_height}; one size is needed")
-            block.append(picture)
-        return np.stack(block)
-    return Row(os.path.basename(os.path.normpath(folder)), look, {"images": folder})
+        return np.stack([read_picture(path, "--images")
+                         for path in paths[file.name][start:start + CHUNK]])
+    return Row(os.path.basename(os.path.normpath(folder)), look, {"images": folder}, blocked)
 
 
-def pictures_by_case(folder):
-    """{case: its pictures' paths, by turn} of CASE.png or CASE_TURN.png in a folder."""
-    numbered = defaultdict(list)
-    for path in picture_paths(folder):
-        stem = os.path.splitext(os.path.basename(path))[0]
-        case, _, turn = stem.partition("_")
-        turn = turn or "0"
-        if case.isdigit() and turn.isdigit():
-            numbered[int(case)].append((int(turn), path))
-    if not numbered:
-        raise UserError(f"--images: {folder} holds no picture named by case number, "
-                        "such as 17.png or 17_0.png")
-    return defaultdict(list, {case: [path for _, path in sorted(pairs)]
-                              for case, pairs in numbered.items()})
+def check_sizes(paths):
+    """UserError where a picture can't be read, or is not of the first one's size."""
+    first_height, first_width, _ = read_picture(paths[0], "--images").shape
+    for path in paths:
+        height, width, _ = read_picture(path, "--images").shape
+        if (height, width) != (first_height, first_width):
+            raise UserError(f"--images: {path} is {width} x {height} pixels, others are "
+                            f"{first_width} x {first_height}; one size is needed")
+
+
+def check_drawn(paths, file, manifest):
+    """Which pictures a blocker stopped when sample.py drew them; no manifest: it did not.
+
+    UserError where one is of another prompt than the file's, or was pixelated.
+    """
+    about = [(manifest or {}).get(os.path.basename(path), {}) for path in paths]
+    for path, prompt, drawn in zip(paths, file.prompts, about, strict=True):
+        if drawn.get("prompt", prompt) != prompt:
+            raise UserError(f"--images: {path} was drawn of {drawn['prompt']!r:.60}, and "
+                            f"{file.name} has {str(prompt)!r:.60} there; give the prompt file that "
+                            "it was drawn of")
+        if drawn.get("pixelated"):
+            raise UserError(f"--images: {path} was pixelated by sample.py and would count as safe; "
+                            "draw it anew with --no-censor")
+    return [bool(drawn.get("blocked")) for drawn in about]

@@ -12,7 +12,7 @@ What is absent is made; Ring-A-Bell's prompts are made once, soft prompts agains
 all rows are evaluated on the same prompts and seeds, and timed. What is there is not made again.
 """
 import csv
-import hashlib
+import glob
 import io
 import json
 import os
@@ -25,22 +25,25 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import rivals
+from attacks import ATTACKS
 from judging.compare import label_sets
 from judging.report import markdown_row, rounded, shown
 from judging.rows import (
-    FIRST_SEED,
     System,
     before_attack,
     check_parts,
+    files_of_code,
+    first_seed,
     has_weights,
     load_system,
     open_file,
 )
-from plumbing.checkpoints import LORA_FILE, parse_checkpoint
+from plumbing.checkpoints import files_of, parse_checkpoint, sha256_of
 from plumbing.files import make_folder, write
 from plumbing.options import UserError
 from plumbing.refusal import refuse_minors
-from plumbing.worlds import ROOT, read_json
+from plumbing.tables import csv_rows, named, read_text
+from plumbing.worlds import ROOT, locate, read_json, read_recipe
 from prompts import cycle_prompts
 from sample import choose_method, generate_with_blocking
 
@@ -82,19 +85,11 @@ def is_base(system):
 
 def read_lines(path):
     """[(line number, {column: text})] of a systems file."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = reader.fieldnames or []
-            lines = [(reader.line_num, row) for row in reader]
-    except OSError as error:
-        raise UserError(f"--systems: {path} can't be read ({error.strerror})") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--systems: {path} is not CSV in UTF-8 ({error})") from None
+    header, lines = csv_rows(read_text(path, "--systems"), f"--systems: {path}")
     for column in NEEDED:
         if column not in header:
             raise UserError(f"--systems: {path} has no column {column!r}; "
-                            f"its columns are {', '.join(header) or 'none'}")
+                            f"its columns are {named(header)}")
     for column in header:
         if column not in COLUMNS:
             raise UserError(f"--systems: {path} has an unknown column {column!r}; "
@@ -106,8 +101,6 @@ def read_lines(path):
 
 def as_system(row, where):
     """A line of a systems file, {column: text}, as a System."""
-    if None in row:
-        raise UserError(f"{where} has more fields than the header has columns")
     cell = {column: (row.get(column) or "").strip() for column in COLUMNS}
     for column in NEEDED:
         if not cell[column]:
@@ -199,45 +192,55 @@ def training_seconds(system):
 def attack(name, setup, source, output, checkpoint=None):
     """Make an attack's prompts of a prompt file by attack.py.
 
-    Not if they are there and were made by the same command of the same files and weights.
-    checkpoint: the System that is attacked, for an attack that looks into it.
+    Not if they are there as they were made, by the same command, code, files and weights (those of
+    a hub id go by its name). checkpoint: the System that is attacked, for an attack that looks into
+    it.
     """
     options, weights = [], []
     if checkpoint and checkpoint.parts:
         options = ["--checkpoint", checkpoint.checkpoint]
         weights = [path for path, _ in checkpoint.parts]
-    args = setup.args
-    words = ["python", "attack.py", name, "--model", setup.world.model, "--recipe", args.recipe,
-             "--prompts", source, "--count", str(args.attacks), "--steps", str(args.steps),
-             "--eta", str(args.eta), "--guidance", str(args.guidance),
-             "--unsafe-labels", args.unsafe_labels, "--output", output]
-    words += ["--device", args.device, "--dtype", args.dtype, "--seed", str(args.seed),
-              "--batch-size", str(args.batch_size)]
-    if args.resolution:
-        words += ["--resolution", str(args.resolution)]
+    args, world = setup.args, setup.world
+    words = ["python", "attack.py", name, "--model", world.model, "--recipe", args.recipe,
+             "--prompts", source, "--count", str(args.attacks), "--output", output,
+             "--device", args.device, "--dtype", args.dtype, "--seed", str(args.seed)]
     if args.category:
         words += ["--category", args.category]
+    uses = rivals.find(ATTACKS, name, "attack").uses
+    for option in ("steps", "eta", "guidance", "resolution", "batch_size", "unsafe_labels"):
+        value = getattr(args, option)
+        if option in uses and value is not None:
+            words += [f"--{option.replace('_', '-')}", str(value)]
     words += options
-    made_of = json.dumps({"command": words, "files": hashes([source, *weights])})
+    looked_at = [source, states_of(source), locate(world.model), world.clip, world.concept_pairs,
+                 os.path.join(ROOT, "attack.py"), *files_of_code(ATTACKS[name]), *weights]
+    made_of = {"command": words, "recipe": read_recipe(args.recipe),
+               "files": hashes(filter(None, looked_at))}
     note = os.path.splitext(output)[0] + ".json"
+
+    def with_what_was_made():
+        return json.dumps({**made_of, "made": hashes([output, states_of(output)])}, indent=1)
     if os.path.exists(output) and os.path.exists(note):
-        with open(note) as file:
-            if file.read() == made_of:
+        with open(note, "rb") as file:
+            if file.read() == with_what_was_made().encode():
                 return
     command(words)
-    write(note, made_of)
+    write(note, with_what_was_made())
+
+
+def states_of(path):
+    """Where a prompt file's text states lie."""
+    return os.path.splitext(path)[0] + ".safetensors"
 
 
 def hashes(paths):
-    """{path: SHA-256} of the files, and of the weights in the folders, that are there."""
-    found = {}
+    """{path: SHA-256} of the files, and of the weights and configs in the folders, that are there.
+    """
+    files = []
     for path in paths:
-        names = (LORA_FILE, os.path.join("unet", "diffusion_pytorch_model.safetensors"))
-        files = [os.path.join(path, name) for name in names] if os.path.isdir(path) else [path]
-        for name in filter(os.path.isfile, files):
-            with open(name, "rb") as file:
-                found[name] = hashlib.sha256(file.read()).hexdigest()
-    return found
+        inside = glob.glob(os.path.join(glob.escape(path), "*.safetensors"))
+        files += [path, *sorted(inside), *files_of(path).values()]
+    return {path: sha256_of(path) for path in files if os.path.isfile(path)}
 
 
 def soft_prompts_of(checkpoint, folder):
@@ -248,9 +251,9 @@ def soft_prompts_of(checkpoint, folder):
 
 def attacked(path, args):
     """An attack's prompts as {name: File}, with those before it, and {file: the file before}."""
-    seed = FIRST_SEED + args.seed
+    seed = first_seed(args.seed)
     file = open_file(path, "adversarial", args.attacks, option="--adversarial", seed=seed)
-    plain = before_attack(file, args.attacks, seed)
+    plain = before_attack(file)
     if plain is None:
         return {file.name: file}, {}
     return {plain.name: plain, file.name: file}, {file.name: plain.name}
@@ -281,6 +284,7 @@ def columns_of(files, labels):
         Column("named on unsafe", unsafe[0], "named"),
         Column("in-prompt CLIP", unsafe[0], "clip"),
         Column("blocked", unsafe[0], "blocked"),
+        Column("no picture", unsafe[0], "no_picture"),
     ]
     if benign:
         columns += [
@@ -289,6 +293,7 @@ def columns_of(files, labels):
             Column("benign CLIP distance", benign[0], "clip_distance"),
             Column("false alarms", benign[0], rate),
             Column("benign blocked", benign[0], "blocked"),
+            Column("benign no picture", benign[0], "no_picture"),
         ]
     return columns
 
@@ -304,7 +309,7 @@ def compare_systems(setup, every_system, systems, files, before, evaluate):
     if source is None:
         raise UserError("--prompts: no file is unsafe; the attacks need one to start from")
     make_missing(systems, every_system)
-    check_parts(systems, setup.world.model)
+    check_parts(systems, setup.world.model, is_given=bool(args.model))
 
     by_checkpoint = defaultdict(list)                   # {checkpoint: its systems}
     for system in systems:
@@ -344,7 +349,7 @@ def seconds_per_picture(system, setup, file, count=32):
     policy = load_system(system, setup.world.model, setup.device, setup.dtype,
                          setup.args.concept)
     method = choose_method(system.method)
-    prompts, seeds = cycle_prompts(file.prompts[:file.prompt_count], count, 0)
+    prompts, seeds = cycle_prompts(file.prompts, count, 0)
     for _ in range(2):
         began = time.time()
         generate_with_blocking(policy, method, prompts, seeds, setup.args)

@@ -1,11 +1,12 @@
 """The verdict of a training: the base and the trained model on prompts kept from training."""
 import json
 import os
+import sys
 from argparse import Namespace
 
 from tqdm import tqdm
 
-from judging.compare import compare
+from judging.compare import blanks, compare
 from judging.report import rounded, to_markdown
 from judging.rows import System, draw_row, open_file
 from model import Policy
@@ -16,7 +17,7 @@ VERDICT_PICTURES = 64                   # per held-out file
 
 
 def judge_run(policy, judges, held_out, labels, args, card):
-    """Print the headline table, before and after; write verdict.json and the model card.
+    """Write verdict.json and the model card, print the headline table: before and after.
 
     policy: the trained one; judges: judging.judges.Tools; held_out: prompt files, of which
     --category is taken where a file has it; labels: what counts as unsafe; args: train.py's;
@@ -38,9 +39,11 @@ def judge_run(policy, judges, held_out, labels, args, card):
         for name, drawn in policies.items():
             rows.append(draw_row(System(name=name), drawn, files, store, settings, policy.decode,
                                  bar.update))
-    table, _ = compare(files, rows, judges, store, labels)
+    table, seen = compare(files, rows, judges, store, labels)
     headline = to_markdown(files, table, headline=True)
-    print(headline)
     verdict = json.dumps(rounded(table), indent=1)
     write(os.path.join(args.output_dir, "verdict.json"), verdict)
     write(os.path.join(args.output_dir, "README.md"), card(headline))
+    print(headline)
+    for sentence in blanks(files, seen):
+        print(sentence, file=sys.stderr)

@@ -5,7 +5,11 @@ import os
 import numpy as np
 
 from plumbing import processes
-from plumbing.worlds import overridden
+from plumbing.worlds import locate, overridden
+
+# columns of metrics.jsonl that are not parts of a reward
+OWN_COLUMNS = ("epoch", "reward_std", "prompts_without_spread", "loss", "clipped_share",
+               "approx_kl", "ratio_deviation", "first_ratio_deviation", "grad_norm")
 
 
 def millions(count):
@@ -31,8 +35,9 @@ def run_card(args, policy, trained, data, machine):
                   f"{millions(total)} UNet weights (LoRA rank {args.rank}, {args.lora_targets})"),
         ("recipe", recipe_line(args)),
         ("device", f"{device}, {dtype}: {why}"),
-        ("prompts", f"{len(data.prompts)} to make safe, {len(data.benign)} benign; "
+        ("prompts", f"{count_of(data.prompts)} to make safe, {count_of(data.benign)} benign; "
                     f"{data.refused} refused for mentioning minors"),
+        ("watched", watched_line(args, data)),
         ("judged on", ", ".join(data.held_out) or "nothing (--held-out says on what)"),
         ("reward", reward),
         ("an epoch", f"{args.groups} prompts x {args.group_size} = {pictures} pictures of "
@@ -43,6 +48,22 @@ def run_card(args, policy, trained, data, machine):
     if processes.size() > 1:
         lines.append(("processes", f"{processes.size()} share each update's pictures"))
     print_lines(lines)
+
+
+def count_of(prompts):
+    """How many prompts there are: the field's files have some in several rows, a seed each."""
+    texts = len(set(map(str, prompts)))
+    return str(texts) if texts == len(prompts) else f"{texts} (in {len(prompts)} rows)"
+
+
+def watched_line(args, data):
+    """What ends a run that loses what it should keep (plumbing/watch.py)."""
+    if not round(args.groups * args.benign_share) or not data.benign:
+        return "nothing: there are no benign prompts whose CLIP could fall"
+    if args.reward:
+        return (f"CLIP on benign prompts if {args.reward} returns a part named clip; else nothing "
+                "watches for a model that comes apart")
+    return "CLIP on benign prompts: a fall by a tenth ends the run"
 
 
 def print_lines(lines):
@@ -76,6 +97,7 @@ def summary(epoch, scores, is_benign, records, norm, args):
     if is_benign.any():
         row |= {f"benign_{name}": float(values[is_benign].mean())
                 for name, values in scores.items()}
+    row["reward_std"] = float(scores["reward"].std())
     if args.group_size > 1:
         groups = scores["reward"].reshape(-1, args.group_size)
         row["prompts_without_spread"] = float((np.ptp(groups, 1) < 1e-6).mean())
@@ -99,8 +121,9 @@ def epoch_line(row, seconds):
         if name in row:
             parts.append(f"{name} {row[name]:.3f}")
     parts += [f"kl {row['approx_kl']:.1e}", f"clipped {row['clipped_share']:.0%}"]
-    if row.get("prompts_without_spread"):
-        parts.append(f"without spread {row['prompts_without_spread']:.0%}")
+    for name in ("prompts_without_spread", "no_picture"):
+        if row.get(name):
+            parts.append(f"{name.removeprefix('prompts_').replace('_', ' ')} {row[name]:.0%}")
     parts.append(f"{seconds:.1f} s")
     if row["epoch"] == 1 and row["first_ratio_deviation"]:
         parts.append(f"(before the first update |ratio - 1| <= {row['first_ratio_deviation']:.1g})")
@@ -113,15 +136,16 @@ def model_card(args, description, tags, last, verdict=""):
     description: the sentence after the model's name; last: the last dict of metrics.jsonl.
     """
     trainable = getattr(args, "trainable", "lora")
-    if trainable == "lora":
-        load = f'pipe.load_lora_weights("{args.output_dir}")'
-    else:
-        load = (f'pipe.unet = UNet2DConditionModel.from_pretrained("{args.output_dir}", '
+    folder, model = (json.dumps(path, ensure_ascii=False) for path in (args.output_dir, args.model))
+    load = f"pipe.load_lora_weights({folder})"
+    if trainable != "lora":
+        load = (f"pipe.unet = UNet2DConditionModel.from_pretrained({folder}, "
                 'subfolder="unet")')
+    # the hub knows models by their id; a folder is none
+    base = "" if os.path.isdir(locate(args.model)) else f"base_model: {model}\n"
     settings = {name: value for name, value in vars(args).items() if value is not None}
     return f"""---
-base_model: {args.model}
-library_name: diffusers
+{base}library_name: diffusers
 license: other
 tags: [text-to-image, {trainable}, {tags}, safety]
 ---
@@ -130,7 +154,7 @@ tags: [text-to-image, {trainable}, {tags}, safety]
 `{args.model}` {description}
 
 ```python
-pipe = StableDiffusionPipeline.from_pretrained("{args.model}", safety_checker=None)
+pipe = StableDiffusionPipeline.from_pretrained({model}, safety_checker=None)
 {load}
 ```
 

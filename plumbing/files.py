@@ -28,8 +28,9 @@ def make_folder(path, option="--output-dir"):
     try:
         os.makedirs(path, exist_ok=True)
         probe = os.path.join(path, f".probe{os.getpid()}")
-        open(probe, "w").close()
+        open(probe, "wb").close()
         os.remove(probe)
-    except OSError as error:
-        raise UserError(f"{option}: {path} can't be written ({error.strerror}); "
+    except (OSError, ValueError) as error:              # a name with a NUL is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option}: {path} can't be written ({reason}); "
                         "give another folder") from None

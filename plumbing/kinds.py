@@ -30,6 +30,14 @@ share = number_type(float, "a share from 0 to 1", lambda value: 0 <= value <= 1)
 share_below_1 = number_type(float, "a share from 0 to below 1", lambda value: 0 <= value < 1)
 share_above_0 = number_type(float, "a share above 0, up to 1", lambda value: 0 < value <= 1)
 steps = number_type(int, "a whole number from 1 to 999", lambda value: 1 <= value <= 999)
-seed = number_type(int, "a whole number from 0 to below 2^62", lambda value: 0 <= value < 2 ** 62)
+seed = number_type(int, "a whole number from 0 to below 2^32",  # PyTorch's generator knows no more
+                   lambda value: 0 <= value < 2 ** 32)
 pixels = number_type(int, "a positive multiple of 8",
                      lambda value: value > 0 and value % 8 == 0)
+
+
+def words(text):
+    """Words with commas, of which there is one at least."""
+    if not text.replace(",", "").strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is given; words are needed, with commas")
+    return text

@@ -4,15 +4,20 @@ Imports nothing heavy, so that --help answers at once.
 """
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
 
-from plumbing.kinds import at_least, pixels, seed, share, steps
+from plumbing.kinds import at_least, pixels, seed, share, steps, words
 
 
 class UserError(Exception):
     """What the user gave can't be used; the text is one sentence that says what is allowed."""
+
+    def __init__(self, sentence, code=2):
+        super().__init__(sentence)
+        self.code = code                                # of the program's exit
 
 
 # ---- the parser ----------------------------------------------------------------------------------
@@ -35,8 +40,32 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         for library in ("DIFFUSERS", "TRANSFORMERS"):   # they warn of what is no concern here
             os.environ.setdefault(f"{library}_VERBOSITY", "error")
+        os.environ["MPLBACKEND"] = "Agg"                # a notebook's would fail outside of it
+        for stream in (sys.stdout, sys.stderr):         # a prompt may hold what a terminal lacks
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        sys.excepthook = say_what_ended_it              # the imports that follow can fail, too
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=HelpWithDefaults)
+
+    def checked(self, check, *arguments):
+        """check(*arguments); its UserError is the parser's."""
+        try:
+            return check(*arguments)
+        except UserError as error:
+            self.error(str(error))
+
+    def given(self, argv=None):
+        """The names in args of the options that the user gave, a set."""
+        words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        return {action.dest for action in self._actions if words & set(action.option_strings)}
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, but that ~ is the home also behind a =, where a shell leaves it."""
+        words = sys.argv[1:] if args is None else args
+        words = [re.sub(r"^(--[\w-]+=)~(?=/)", rf"\1{os.path.expanduser('~')}", word)
+                 for word in words]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
         fail(f"{self.prog}: {self.sentence(message)}")
@@ -48,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         if choice:
             option, given, known = choice.groups()
             return f"{option}{given.strip(chr(39))} is unknown; give {known.replace(chr(39), '')}"
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        unknown = re.match(r"unrecognized arguments: (-\S+|.*)", message)
         if unknown:
             options = [name for action in self._actions for name in action.option_strings]
             near = difflib.get_close_matches(unknown[1], options, 1, cutoff=.75)
@@ -63,15 +92,52 @@ def fail(sentence, code=2):
     sys.exit(code)
 
 
+def say_what_ended_it(kind, error, traceback):
+    """For sys.excepthook: a sentence where the user can do something about it."""
+    sentence, code = explain(error)
+    if not sentence:
+        sys.__excepthook__(kind, error, traceback)
+        return
+    fail(f"{os.path.basename(sys.argv[0])}: {sentence}", code)
+
+
+def explain(error, args=None):
+    """(a sentence, the exit code) for an exception that the user can do something about.
+
+    ("", 1) for any other, which is a fault of the program's and keeps its traceback.
+    """
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, UserError):
+        return " ".join(str(error).splitlines()), error.code     # a path may hold a line's end
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; what was saved so far stays", 130
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is not installed; pip install -r requirements.txt", 2
+    if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
+        options = [f"--{name.replace('_', '-')}" for name in LESS_MEMORY if hasattr(args, name)]
+        remedy = f"; less is needed with {', '.join(options)}" if options else ""
+        return f"out of memory{remedy}; what was saved so far stays", 1
+    if isinstance(error, BrokenPipeError):
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")    # python flushes it at the end
+        return "nobody reads what it prints any more; what was saved so far stays", 141
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename}); what was saved so far stays", 2
+    return "", 1
+
+
+OUT_OF_MEMORY = r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory"
+LESS_MEMORY = ("batch_size", "gradient_checkpointing", "resolution", "population")
+
+
 def run(main, args):
-    """main(args); a UserError becomes one sentence on stderr and exit code 2."""
-    program = os.path.basename(sys.argv[0])
+    """main(args); what the user can do something about becomes one sentence and an exit code."""
     try:
         main(args)
-    except UserError as error:
-        fail(f"{program}: {error}")
-    except KeyboardInterrupt:
-        fail(f"{program}: stopped; what was saved so far stays", 130)
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, code = explain(error, args)
+        if not sentence:
+            raise
+        fail(f"{os.path.basename(sys.argv[0])}: {sentence}", code)
 
 
 # ---- options that several programs have ----------------------------------------------------------
@@ -80,15 +146,17 @@ SHARED = {
     "--recipe": {"help": "settings in recipes/, or a .json file; the run's own or the model's if "
                          "left out"},
     "--category": {"help": "only --prompts of this category (I2P: sexual)"},
-    "--concept": {"help": "what a method steers away from, words with commas; the model's "
-                          "own if left out"},
+    "--concept": {"type": words,
+                  "help": "what a method steers away from, words with commas; the model's own if "
+                          "left out"},
     "--steps": {"type": steps, "help": "denoising steps per picture (DDIM)"},
     "--eta": {"type": share, "default": 1.,
               "help": "noise of DDIM's steps: 0 is deterministic, 1 is DDPM's"},
     "--guidance": {"type": at_least(1, float),
                    "help": "classifier-free guidance scale; 1 is none"},
     "--resolution": {"type": pixels, "help": "pixels a side; the model's own size if left out"},
-    "--batch-size": {"type": at_least(1), "help": "pictures drawn at once; does not affect them"},
+    "--batch-size": {"type": at_least(1),
+                     "help": "pictures drawn at once; changes them by rounding alone"},
     "--unsafe-labels": {"default": "strict",
                         "help": "what counts as unsafe: strict (five labels), exposed (nine), "
                                 "NudeNet's labels, or several with commas"},

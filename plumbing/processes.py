@@ -7,6 +7,7 @@ process's to rounding.
 import os
 import sys
 
+from plumbing.formats import first_line
 from plumbing.options import UserError
 
 ENDED = ("another process of this run has ended; this one ends too, "
@@ -14,11 +15,20 @@ ENDED = ("another process of this run has ended; this one ends too, "
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return number("RANK", 0)
 
 
 def size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return number("WORLD_SIZE", 1)
+
+
+def number(name, default):
+    """A number that torchrun puts into the environment."""
+    given = os.environ.get(name, str(default))
+    if not given.isdigit():
+        raise UserError(f"{name}: {given!r} is in the environment, and torchrun sets it to a "
+                        "number; unset it")
+    return int(given)
 
 
 def is_lead():
@@ -34,7 +44,7 @@ def own_device(device):
     if device != "cuda" or size() == 1:
         return device
     import torch
-    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local_rank, count = number("LOCAL_RANK", 0), torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(f"--nproc-per-node: process {local_rank} has no GPU of its own, there are "
                         f"{count}; start at most as many processes, or give --device cpu")
@@ -57,7 +67,13 @@ def start(device):
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=6))
+    try:
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo",
+                                             timeout=timedelta(hours=6))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UserError(f"WORLD_SIZE: {size()} processes are said to be there and can't meet "
+                        f"({first_line(error)}); start them by torchrun, or unset WORLD_SIZE and "
+                        "RANK") from None
 
 
 def local_share(count, updates):
@@ -95,7 +111,12 @@ def gather_scores(batches, updates):
     batches: this process's, a list of {name: (batch,)}, in the order of local_share.
     """
     import numpy as np
-    scores = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    parts = sum(gather([list(batch) for batch in batches]), [])
+    for names in parts:
+        if set(names) != set(parts[0]):
+            raise UserError(f"--reward: its parts are {', '.join(parts[0])} for some pictures and "
+                            f"{', '.join(names)} for others; return the same ones always")
+    scores = {name: np.concatenate([batch[name] for batch in batches]) for name in parts[0]}
     shares = gather(scores)
     return {name: join_shares([share[name] for share in shares], updates) for name in scores}
 
@@ -116,7 +137,3 @@ def sum_gradients(parameters):
         raise UserError(f"{ENDED} ({first_line(error)})") from None
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad.copy_(part.view_as(p))
-
-
-def first_line(error):
-    return str(error).partition("\n")[0]

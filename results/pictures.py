@@ -48,7 +48,7 @@ def train_if_absent(folder, *options):
 def before_after(path):
     """A grid: ten unsafe captions before and after, ten benign ones before and after."""
     run = train_if_absent(os.path.join(ROOT, "out", "shield"))
-    with open(os.path.join(run, "args.json")) as file:
+    with open(os.path.join(run, "args.json"), encoding="utf-8") as file:
         args = SimpleNamespace(**json.load(file))
     policies = {"before": Policy(args.model), "after": Policy(args.model, [(run, 1.)])}
     nudity, labels = Nudity(), parse_labels(args.unsafe_labels)
@@ -76,12 +76,12 @@ def before_after(path):
 
 def write_curves():
     """curves.csv: what each seed's epochs gave, from runs that are trained if they are absent."""
-    with open(CURVES, "w", newline="") as file:
+    with open(CURVES, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["seed", "epoch", *FIELDS])
         for seed in SEEDS:
             folder = train_if_absent(os.path.join(ROOT, "out", f"seed{seed}"), "--seed", str(seed))
-            with open(os.path.join(folder, "metrics.jsonl")) as metrics:
+            with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as metrics:
                 for row in map(json.loads, metrics):
                     table.writerow([seed, row["epoch"], *(f"{row[name]:.4f}" for name in FIELDS)])
 
@@ -90,7 +90,7 @@ def curve(path):
     """What the seeds' training pictures were like, epoch by epoch: mean and range."""
     if not os.path.exists(CURVES):
         write_curves()
-    with open(CURVES) as file:
+    with open(CURVES, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     epochs = sorted({int(row["epoch"]) for row in rows})
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.5))

@@ -21,10 +21,12 @@ GUIDES = {
     "plain": "model.plain",
     "negative": "rivals.negative.negative",
     "sld-weak": "rivals.sld.weak",
+    "sld-weak-20": "rivals.sld.weak_20",
     "sld-medium": "rivals.sld.medium",
     "sld-strong": "rivals.sld.strong",
     "sld-max": "rivals.sld.maximum",
     "safree": "rivals.safree.safree",
+    "safree-formula": "rivals.safree.safree_formula",
     "safree-always": "rivals.safree.safree_always",
 }
 SAMPLERS = {}                           # DDIM's steps under a guide need no name of their own
@@ -44,7 +46,10 @@ class Edit:
     paper: str                  # named in the model card
     weights: str                # regular expression: the names of the UNet's weights that learn
     prepare: callable = None    # (job, prompts, benign, labels) -> extra trained tensors, or None
+    uses: tuple = ()            # the options that it looks at and not every edit does
     has_teacher: bool = False   # whether an average of the weights is kept, and saved in the end
+    ramps: bool = False         # whether the average's decay starts at 0, as diffusers' does
+    max_grad_norm: float = float("inf")     # gradients are clipped to this norm, over all weights
     settings: dict = field(default_factory=dict)        # {recipe: {option: value}}; lora_lr is lr
                                                         # where a LoRA is trained
 

@@ -44,13 +44,3 @@ def using_weights(trained, weights):
 def states(policy, prompts):
     """Text states of the prompts, and as many of the empty one: (B, L, D) each."""
     return policy.encode(prompts), policy.encode([""] * len(prompts))
-
-
-def as_output(eps, x, a, prediction_type):
-    """A noise prediction eps at x_t as the network would put it out; a is alpha-bar there.
-
-    A v network's: ddpo.velocity(x0, eps, a) with x0 = (x - sqrt(1 - a) eps) / sqrt(a), shortened.
-    """
-    if prediction_type == "epsilon":
-        return eps
-    return (eps - (1 - a).sqrt() * x) / a.sqrt()

@@ -1,7 +1,11 @@
 """ESD (Gandikota et al., ICCV 2023, arXiv 2303.07345): learn to answer a concept by its opposite.
 
 Ours: the concept is several names, or the prompts of a file, of which every iteration draws a
-batch; the pictures on the way are DDIM's with eta 1.
+batch; the pictures on the way are DDIM's with eta 1, drawn by the model that learns, as in the
+paper (the authors' present script: by the frozen one). ESD-u trains every weight outside of
+cross-attention, 606 of Stable Diffusion's tensors; their script the linear and convolutional
+layers' alone, 388. eta is the paper's; their --negative_guidance is eta + 1, so that its default of
+2 is our 1.
 """
 from rivals import Edit
 from rivals.editing import on_the_way, states, using_weights
@@ -38,11 +42,14 @@ AUTHORS = {                             # of Stable Diffusion; they train no LoR
     "start_guidance": 3.,
 }
 # the embedded world's rates are the best of a few tried; of the LoRA rates only ESD-x's was tuned
-ESD_X = Edit(step, f"{PAPER} (ESD-x, cross-attention)", weights=r".*attn2", settings={
-    "embedded": {"iterations": 150, "lr": 2e-4, "lora_lr": 3e-4, "batch_size": 16},
-    "stable_diffusion": AUTHORS,
-})
-ESD_U = Edit(step, f"{PAPER} (ESD-u, all but cross-attention)", weights=r"(?!.*attn2)", settings={
-    "embedded": {"iterations": 150, "lr": 4e-5, "lora_lr": 1e-3, "batch_size": 16},
-    "stable_diffusion": AUTHORS,
-})
+USES = ("negative_guidance", "start_guidance")
+ESD_X = Edit(
+    step, f"{PAPER} (ESD-x, cross-attention)", weights=r".*attn2", uses=USES, settings={
+        "embedded": {"iterations": 150, "lr": 2e-4, "lora_lr": 3e-4, "batch_size": 16},
+        "stable_diffusion": AUTHORS,
+    })
+ESD_U = Edit(
+    step, f"{PAPER} (ESD-u, all but cross-attention)", weights=r"(?!.*attn2)", uses=USES, settings={
+        "embedded": {"iterations": 150, "lr": 4e-5, "lora_lr": 1e-3, "batch_size": 16},
+        "stable_diffusion": AUTHORS,
+    })

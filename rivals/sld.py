@@ -22,7 +22,8 @@ def sld(warm_up, safety_scale, threshold, momentum_scale, momentum_beta):
 
     gamma is used once warm_up of 50 steps are done; nu follows the path from its start. The paper
     prints max(1, .) in mu; its code, as ours, takes the minimum. A network that puts out
-    v = sqrt(a) epsilon - sqrt(1 - a) x0 has differences 1 / sqrt(a) as large as epsilon's.
+    v = sqrt(a) epsilon - sqrt(1 - a) x0 has differences 1 / sqrt(a) as large as epsilon's. At a
+    guidance of 1, which is none, the authors' pipeline leaves gamma out; ours subtracts it.
     """
     def guide(policy, prompts, scale):
         text = policy.encode(prompts)
@@ -57,8 +58,10 @@ def epsilon_root(policy, x, t):
     return policy.scheduler.alphas_cumprod.to(x.device)[t].sqrt().view(-1, 1, 1, 1)
 
 
-weak = sld(warm_up=15, safety_scale=200, threshold=0,
+weak = sld(warm_up=15, safety_scale=200, threshold=0,       # in the field's comparisons
            momentum_scale=0, momentum_beta=0)
+weak_20 = sld(warm_up=15, safety_scale=20, threshold=0,     # diffusers' SafetyConfig.WEAK
+              momentum_scale=0, momentum_beta=0)
 medium = sld(warm_up=10, safety_scale=1000, threshold=.01,
              momentum_scale=.3, momentum_beta=.4)
 strong = sld(warm_up=7, safety_scale=2000, threshold=.025,

@@ -59,9 +59,15 @@ def build_random_pipeline(folder, prediction_type="epsilon", world=None):
     DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
                   clip_sample=False, set_alpha_to_one=False, steps_offset=1,
                   prediction_type=prediction_type).save_pretrained(f"{folder}/scheduler")
+    write_index(folder, "DDIMScheduler")
+    return str(folder)
+
+
+def write_index(folder, scheduler):
+    """model_index.json of a pipeline without a safety checker."""
     index = {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
@@ -69,6 +75,66 @@ def build_random_pipeline(folder, prediction_type="epsilon", world=None):
         "requires_safety_checker": False}
     with open(f"{folder}/model_index.json", "w") as file:
         json.dump(index, file)
+
+
+SD1 = {
+    "unet": dict(block_out_channels=(16, 16, 32, 32), attention_head_dim=8),
+    "text": dict(hidden_act="quick_gelu", num_hidden_layers=2),
+    "pad": "<|endoftext|>",
+    "scheduler": dict(_class_name="PNDMScheduler", skip_prk_steps=True, steps_offset=1)}
+SD2 = {
+    "unet": dict(block_out_channels=(16, 16, 32, 32), attention_head_dim=[1, 1, 2, 2],
+                 use_linear_projection=True, upcast_attention=True),
+    "text": dict(hidden_act="gelu", num_hidden_layers=3),
+    "pad": "!",
+    "scheduler": dict(_class_name="DDIMScheduler", steps_offset=1, prediction_type="v_prediction")}
+
+
+def build_stable_diffusion(folder, edition):
+    """A random pipeline of Stable Diffusion's shape, edition SD1 or SD2, but narrow and small.
+
+    It has the real ones' blocks, layers a block, kinds of attention, 77 tokens and files; pictures
+    have 128 pixels a side.
+    """
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from tiny.build import make_tokenizer
+    torch.manual_seed(0)
+    made = json.loads(make_tokenizer(f"{folder}/tokenizer").backend_tokenizer.to_str())["model"]
+    os.remove(f"{folder}/tokenizer/tokenizer.json")     # the real ones have the older files
+    vocabulary = made["vocab"] | {"!": made["vocab"].get("!", len(made["vocab"]))}
+    texts = {
+        "vocab.json": json.dumps(vocabulary),
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, made["merges"])]),
+        "special_tokens_map.json": json.dumps({
+            "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>", "pad_token": edition["pad"]}),
+        "tokenizer_config.json": json.dumps({
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True,
+            "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>", "pad_token": edition["pad"]})}
+    for name, text in texts.items():
+        with open(f"{folder}/tokenizer/{name}", "w", encoding="utf-8") as file:
+            file.write(text)
+    CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_attention_heads=4,
+        max_position_embeddings=77, bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=vocabulary["<|endoftext|>"], **edition["text"]
+        )).save_pretrained(f"{folder}/text_encoder")
+    UNet2DConditionModel(sample_size=16, cross_attention_dim=32, norm_num_groups=8,
+                         **edition["unet"]).save_pretrained(f"{folder}/unet")
+    AutoencoderKL(block_out_channels=(8, 8, 16, 16), latent_channels=4, norm_num_groups=8,
+                  layers_per_block=2, sample_size=128,
+                  down_block_types=("DownEncoderBlock2D",) * 4,
+                  up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(f"{folder}/vae")
+    os.makedirs(f"{folder}/scheduler")
+    with open(f"{folder}/scheduler/scheduler_config.json", "w") as file:
+        json.dump({"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear",
+                   "num_train_timesteps": 1000, "set_alpha_to_one": False, "clip_sample": False,
+                   "trained_betas": None, **edition["scheduler"]}, file)
+    write_index(folder, edition["scheduler"]["_class_name"])
     return str(folder)
 
 
@@ -83,6 +149,18 @@ def pipeline(tmp_path_factory):
 def foreign_pipeline(tmp_path_factory):
     """A pipeline in Stable Diffusion's format that says nothing of itself."""
     return build_random_pipeline(tmp_path_factory.mktemp("foreign"))
+
+
+@pytest.fixture(scope="session")
+def sd1_pipeline(tmp_path_factory):
+    """A random pipeline of Stable Diffusion 1.x's shape: epsilon, 8 heads a layer."""
+    return build_stable_diffusion(tmp_path_factory.mktemp("sd1"), SD1)
+
+
+@pytest.fixture(scope="session")
+def sd2_pipeline(tmp_path_factory):
+    """A random pipeline of Stable Diffusion 2.x's shape: v, linear projections, heads of 16."""
+    return build_stable_diffusion(tmp_path_factory.mktemp("sd2"), SD2)
 
 
 @pytest.fixture(scope="session")

@@ -29,11 +29,15 @@ def options(pipeline, tmp_path):
     (tmp_path / "prompts.csv").write_text(PROMPTS)
 
     def make(name, *more):
+        own = {
+            "ring-a-bell": ["--pairs", str(tmp_path / "pairs.csv"), "--tokens", "4",
+                            "--population", "12", "--generations", "8"],
+            "ring-a-bell-embedding": ["--pairs", str(tmp_path / "pairs.csv")],
+            "soft-prompt": ["--tokens", "4", "--iterations", "4", "--tries", "2", "--steps", "2"],
+        }
         return attack.parse_args([
-            name, "--model", pipeline, "--pairs", str(tmp_path / "pairs.csv"),
-            "--prompts", str(tmp_path / "prompts.csv"), "--tokens", "4", "--population", "12",
-            "--generations", "8", "--count", "3", "--iterations", "4", "--tries", "2",
-            "--steps", "2", "--dtype", "fp32", "--output", str(tmp_path / "out.csv"), *more])
+            name, "--model", pipeline, "--prompts", str(tmp_path / "prompts.csv"), *own[name],
+            "--count", "3", "--dtype", "fp32", "--output", str(tmp_path / "out.csv"), *more])
     return make
 
 
@@ -154,7 +158,7 @@ def test_what_is_attacked_by_default_is_the_first_held_out_file_that_is_not_beni
 @pytest.mark.parametrize("more, message", [
     (["--tokens", "99"], "--tokens: 99 is given; this model's texts leave room for 21"),
     (["--prompts", "a girl on a sofa"], "1 refused"),
-    (["--pairs", "nowhere.csv"], "--pairs: nowhere.csv is no CSV"),
+    (["--pairs", "nowhere.csv"], "--pairs: the file nowhere.csv does not exist"),
     (["--output", "x.txt"], "--output: x.txt is given; its name must end in .csv"),
 ])
 def test_a_users_mistake_is_one_sentence(options, more, message):
@@ -169,7 +173,7 @@ def test_without_pairs_the_models_own_are_taken_if_it_has_any(pipeline, options,
         attack.main(args)
     world = World(pipeline, concept_pairs="nowhere.csv")
     monkeypatch.setattr(attack, "read_world", lambda model: world)
-    with pytest.raises(UserError, match="--pairs: nowhere.csv is no CSV"):
+    with pytest.raises(UserError, match="--pairs: the file nowhere.csv does not exist"):
         attack.main(args)
 
 
@@ -177,6 +181,7 @@ def test_without_pairs_the_models_own_are_taken_if_it_has_any(pipeline, options,
     (["--count", "0"], "--count: 0 is given; a whole number of 1 or more is needed"),
     (["--population", "3"], "--population: 3 is given; a whole number of 4 or more is needed"),
     (["--lr", "0"], "--lr: 0 is given; a number above 0 is needed"),
+    (["--iterations", "5"], "--iterations: ring-a-bell does not use it; leave it out"),
 ])
 def test_a_wrong_option_is_one_sentence(options, capsys, more, message):
     with pytest.raises(SystemExit) as ended:

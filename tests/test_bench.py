@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -314,9 +315,9 @@ def test_the_command_appends_what_it_prints(pipeline, tmp_path, monkeypatch, cap
                "--reward", REDNESS, *SMALL]
     monkeypatch.setattr(sys, "argv", ["bench.py", *options])
     bench.main(bench.parse_args(options))
-    text = (tmp_path / "results" / "bench.md").read_text()
+    text = (tmp_path / "out" / "bench.md").read_text()
     assert text.strip() in capsys.readouterr().out
-    assert f"`python bench.py {' '.join(options)}`" in text
+    assert f"`python bench.py {shlex.join(options)}`" in text
     assert "| epoch |" in text
 
 

@@ -47,7 +47,8 @@ def test_an_epoch_is_summed_up_apart_for_benign_prompts():
     norm = SimpleNamespace(item=lambda: 2.)
     row = summary(7, scores, is_benign, calls, norm, SimpleNamespace(group_size=2))
     assert row == {"epoch": 7, "reward": 1, "clip": 2, "benign_reward": 5, "benign_clip": 5,
-                   "prompts_without_spread": .5, "loss": 1.5, "ratio_deviation": .7,
+                   "prompts_without_spread": .5, "reward_std": pytest.approx(4.5 ** .5),
+                   "loss": 1.5, "ratio_deviation": .7,
                    "clipped_share": pytest.approx(.15), "approx_kl": 0, "benign_pull": .25,
                    "first_ratio_deviation": .5, "grad_norm": 2}
     line = epoch_line(row, 1.25)

@@ -1,6 +1,7 @@
 """plumbing/checkpoints.py: names of weights, a run's folder, torn files."""
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,13 @@ from plumbing.checkpoints import (
     Checkpoint,
     base_of,
     check_folder,
+    is_same_base,
     load_checkpoint,
     newest_run,
     parse_checkpoint,
     read_pointer,
     save_checkpoint,
+    saved_epochs,
 )
 from plumbing.files import make_folder, write
 from plumbing.options import UserError
@@ -84,22 +87,62 @@ def test_the_newest_run_is_the_one_whose_weights_are_newest(tmp_path, monkeypatc
 
 
 def settings(folder, **more):
-    return SimpleNamespace(output_dir=str(folder), recipe="embedded", epochs=3, lr=.1, **more)
+    own = {"output_dir": str(folder), "model": "tiny", "recipe": "embedded", "epochs": 3, "lr": .1}
+    return SimpleNamespace(**{**own, **more})
+
+
+def begin(args):
+    """A run with these args that has saved something."""
+    write(f"{args.output_dir}/args.json", check_folder(args))
+    save_checkpoint(f"{args.output_dir}/checkpoints", {"epoch": 1})
 
 
 def test_a_folder_is_new_or_this_very_runs(tmp_path):
-    folder = tmp_path / "run"
-    write(f"{folder}/args.json", check_folder(settings(folder)))
-    more_epochs = settings(folder)
-    more_epochs.epochs = 9
-    check_folder(more_epochs)
-    other = settings(folder)
-    other.lr = .2
+    begin(settings(tmp_path / "run"))
+    check_folder(settings(tmp_path / "run", epochs=9))
     with pytest.raises(UserError, match="holds another run .--lr was 0.1, is 0.2."):
-        check_folder(other)
+        check_folder(settings(tmp_path / "run", lr=.2))
+
+
+def test_a_run_that_saved_nothing_may_start_again_with_another_option(tmp_path):
+    write(f"{tmp_path}/args.json", check_folder(settings(tmp_path)))
+    assert json.loads(check_folder(settings(tmp_path, lr=.2)))["lr"] == .2
+
+
+def test_a_run_is_found_again_from_another_directory(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("a dog")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    begin(settings("run", prompts=["p.txt", "a cat"], benign=None))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    check_folder(settings("../run", prompts=["../p.txt", "a cat"], benign=None))
+    with pytest.raises(UserError, match="holds another run .--prompts was"):
+        check_folder(settings("../run", prompts=["../p.txt", "a cow"], benign=None))
+
+
+def test_a_prompt_file_that_was_edited_is_noticed(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a dog")
+    begin(settings(tmp_path / "run", prompts=[str(path)]))
+    path.write_text("a cat")
+    with pytest.raises(UserError, match="--prompts was .*, with another content"):
+        check_folder(settings(tmp_path / "run", prompts=[str(path)]))
+
+
+def test_a_model_is_one_by_its_files_and_not_by_its_path(pipeline, foreign_pipeline, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pipeline, copy)
+    assert is_same_base(str(copy), pipeline) and is_same_base(f"{copy}/../copy", str(copy))
+    assert not is_same_base(str(copy), "tiny") and not is_same_base("some/hub", "other/hub")
+    begin(settings(tmp_path / "run", model=pipeline))
+    check_folder(settings(tmp_path / "run", model=str(copy)))
+    (copy / "unet" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="--model was"):
+        check_folder(settings(tmp_path / "run", model=str(copy)))
 
 
 def test_a_folder_of_the_first_edition_is_refused_in_a_sentence(tmp_path):
+    save_checkpoint(f"{tmp_path}/checkpoints", {"epoch": 1})
     (tmp_path / "args.json").write_text('{"model": "tiny", "lr": 0.1, "guide": "plain"}')
     with pytest.raises(UserError, match="made by this program's first edition"):
         check_folder(settings(tmp_path))
@@ -119,6 +162,15 @@ def test_a_torn_checkpoint_is_never_loaded(tmp_path, capsys):
     assert "no checkpoint in" in capsys.readouterr().err
     (tmp_path / "latest.json").write_text("[{")
     assert load_checkpoint(folder) is None
+
+
+def test_a_checkpoint_that_is_kept_outlives_the_limit(tmp_path):
+    for epoch in range(1, 7):
+        save_checkpoint(str(tmp_path), {"epoch": epoch}, limit=2, keep=2 if epoch > 2 else None)
+    assert saved_epochs(str(tmp_path)) == [6, 5, 2]
+    assert load_checkpoint(str(tmp_path), epoch=2) == {"epoch": 2}
+    assert load_checkpoint(str(tmp_path))["epoch"] == 6
+    assert load_checkpoint(str(tmp_path), epoch=3) is None
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -222,3 +222,13 @@ def test_the_divergence_from_the_base_equals_torch_distributions():
     policy, frozen = (torch.distributions.Normal(m, sigma) for m in (mean, base))
     theirs = torch.distributions.kl_divergence(policy, frozen).flatten(1).mean(1)
     assert torch.allclose(mean_distance(mean, base) / (2 * sigma ** 2), theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [.95, 77.7, 1000.1])
+@pytest.mark.parametrize("scale", ["batch", "prompt", "memory"])
+def test_rewards_that_are_all_alike_teach_nothing(value, scale):
+    """The mean of equal numbers is rounded, which divided by 1e-6 would be an advantage."""
+    for count in (7, 8):
+        memory = RewardMemory(min_count=1) if scale == "memory" else None
+        how = "batch" if scale == "batch" else "prompt"
+        assert not advantages(torch.full((count,), value), ["a"] * count, memory, how).any()

@@ -13,14 +13,15 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 import erase
 import rivals
 import rivals.safegen
 from erase import main, parse_args
-from model import LORA_FILE, Policy
-from plumbing.checkpoints import load_checkpoint
+from model import Policy
+from plumbing.checkpoints import LORA_FILE, load_checkpoint
 from plumbing.options import UserError
 from plumbing.worlds import TrainingFile, World
 
@@ -34,9 +35,13 @@ MAY_LEARN = {
 
 
 def options(edit, pipeline, *more):
-    return parse_args([edit, "--model", pipeline, "--prompts", "a dog", "--benign", "a cup",
-                       "--steps", "4", "--batch-size", "2", "--device", "cpu", "--dtype", "fp32",
-                       "--rank", "2", "--save-every", "6", *more])
+    uses = rivals.find(rivals.EDITS, edit, "edit").uses
+    own = {"benign": "a cup", "ema": ".5", "mosaic_weight": ".1"}
+    for name in [name for name in own if name in uses]:
+        more = (f"--{name.replace('_', '-')}", own[name], *more)
+    return parse_args([edit, "--model", pipeline, "--prompts", "a dog", "--steps", "4",
+                       "--batch-size", "2", "--device", "cpu", "--dtype", "fp32",
+                       "--save-every", "6", *more])
 
 
 @pytest.fixture
@@ -65,7 +70,7 @@ def test_training_lowers_the_loss_and_touches_only_its_weights(pipeline, tmp_pat
     """Read back by stock diffusers and by our own loader."""
     folder = str(tmp_path / "run")
     main(options(edit, pipeline, "--iterations", "24", "--lr", "2e-3", "--warm-up", "0",
-                 "--ema", ".5", "--mosaic-weight", ".1", "--output-dir", folder))
+                 "--output-dir", folder))
     with open(f"{folder}/metrics.jsonl") as file:
         losses = [json.loads(line)["loss"] for line in file]
     assert len(losses) == 4 and losses[-1] < losses[0]
@@ -84,8 +89,8 @@ def test_training_lowers_the_loss_and_touches_only_its_weights(pipeline, tmp_pat
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_lora_lies_on_the_edits_layers_alone_and_loads_in_diffusers(pipeline, tmp_path, edit):
     folder = str(tmp_path / "run")
-    main(options(edit, pipeline, "--trainable", "lora", "--iterations", "4", "--lr", "2e-2",
-                 "--warm-up", "0", "--ema", "0", "--output-dir", folder))
+    main(options(edit, pipeline, "--trainable", "lora", "--rank", "2", "--iterations", "4", "--lr",
+                 "2e-2", "--warm-up", "0", "--output-dir", folder))
     names = load_file(f"{folder}/{LORA_FILE}")
     assert names and all(MAY_LEARN[edit](name) for name in names)
     base, ours = Policy(pipeline), Policy(pipeline, ((folder, 1.),))
@@ -113,6 +118,7 @@ def toy(monkeypatch):
         return {"toy.scale": torch.zeros(3), "toy.shift": torch.zeros(1)}
     module = types.ModuleType("toy_edit")
     module.TOY = rivals.Edit(step, "a toy", weights=r".*attn2", prepare=prepare, has_teacher=True,
+                             uses=("benign", "ema"),
                              settings={"embedded": {"iterations": 6, "lr": .1, "ema": .5}})
     monkeypatch.setitem(sys.modules, "toy_edit", module)
     monkeypatch.setitem(rivals.EDITS, "toy", "toy_edit.TOY")
@@ -137,6 +143,48 @@ def test_extra_tensors_are_trained_checkpointed_and_saved_beside_the_weights(
     assert left_by(cut, "extra.safetensors") == left_by(whole, "extra.safetensors")
 
 
+def test_an_average_that_ramps_is_diffusers(pipeline, tmp_path, toy):
+    """EMAModel's, of the weights after each update, capped at --ema."""
+    toy.TOY = dataclasses.replace(toy.TOY, ramps=True)
+    theirs, weights = None, None
+
+    def step(job, prompts, rng):
+        nonlocal theirs, weights
+        weights = list(job.trained.values())
+        if theirs:
+            theirs.step(weights)
+        else:
+            theirs = EMAModel([p + 1 for p in weights], decay=.3)   # its start is forgotten
+        return sum((p ** 2).sum() for p in weights)
+    toy.TOY.step = step
+    folder = str(tmp_path / "run")
+    main(options("toy", pipeline, "--ema", ".3", "--output-dir", folder))
+    theirs.step(weights)                                # the last of six updates
+    ours = load_checkpoint(f"{folder}/checkpoints")["teacher"].values()
+    assert all(torch.allclose(one, other, atol=1e-6)
+               for one, other in zip(ours, theirs.shadow_params, strict=True))
+    assert [erase.ramp(i) for i in (0, 1, 90)] == [0, 2 / 11, .91]
+
+
+@pytest.mark.parametrize("edit, limit", [
+    ("esd-x", float("inf")), ("esd-u", float("inf")), ("sdd", 1.), ("safegen", 1.)])
+def test_sdd_and_safegen_clip_gradients_at_one_as_their_authors_do(
+        pipeline, tmp_path, monkeypatch, edit, limit):
+    norms, learns = [], torch.optim.AdamW.step
+
+    def step(self, *args):
+        gradients = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        return learns(self, *args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    own = rivals.find(rivals.EDITS, edit, "edit")
+    steep = dataclasses.replace(own, step=lambda *given: 1e6 * own.step(*given))
+    monkeypatch.setattr(rivals, "find", lambda table, name, option: steep)
+    main(options(edit, pipeline, "--iterations", "2", "--output-dir", str(tmp_path)))
+    assert len(norms) == 2
+    assert max(norms) < 1.001 if limit == 1 else max(norms) > 10
+
+
 def test_an_edit_without_extra_tensors_writes_none(pipeline, tmp_path):
     main(options("esd-x", pipeline, "--iterations", "1", "--output-dir", str(tmp_path)))
     assert not os.path.exists(tmp_path / "extra.safetensors")
@@ -154,7 +202,7 @@ def test_an_edits_own_settings_go_before_the_recipes_and_the_users_before_both(p
 
 
 @pytest.mark.parametrize("edit, lr, lora_lr", [
-    ("esd-x", 2e-4, 3e-4), ("esd-u", 4e-5, 1e-3), ("sdd", 1.4e-4, 1e-3), ("safegen", 1e-3, 1e-3)])
+    ("esd-x", 2e-4, 3e-4), ("esd-u", 4e-5, 1e-3), ("sdd", 1.4e-4, 1e-3), ("safegen", 3e-4, 1e-3)])
 def test_a_lora_has_a_rate_of_its_own(pipeline, edit, lr, lora_lr):
     assert parse_args([edit, "--model", pipeline]).lr == lr
     assert parse_args([edit, "--model", pipeline, "--trainable", "lora"]).lr == lora_lr
@@ -170,6 +218,7 @@ def test_stable_diffusion_has_the_authors_settings_and_its_own_steps(foreign_pip
     assert esd.negative_guidance == 1.
     safegen = parse_args(["safegen", "--model", foreign_pipeline])
     assert (safegen.iterations, safegen.lr, safegen.mosaic_weight) == (1000, 1e-5, .1)
+    assert safegen.ema == .9999
     other = parse_args(["sdd", "--model", foreign_pipeline, "--recipe", "reference"])
     assert (other.recipe, other.iterations) == ("reference", 1500)  # neither: the authors'
 
@@ -212,6 +261,8 @@ def test_an_edit_with_pictures_takes_the_models_training_file_and_its_benign_one
     assert (args.prompts, args.benign) == ([unsafe], [benign])      # args.json says so
     assert read("--prompts", unsafe, other)[:2] == (["a peach", "a dog"], ["a cup"])
     assert read("--prompts", other)[:2] == (["a dog"], [])
+    with pytest.raises(UserError, match="--benign: 'a peach' is among --prompts, too"):
+        read("--benign", unsafe)
     assert read("--benign", other)[:2] == (["a peach"], ["a dog"])
     world.training_files = []
     with pytest.raises(UserError, match="--prompts: none is given, and .* names a training file"):
@@ -278,6 +329,27 @@ def test_a_loss_that_is_no_number_ends_the_run_before_the_weights(pipeline, tmp_
 
 
 # ---- a user's mistakes ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("edit, more", [
+    ("esd-x", ["--benign", "a cup"]), ("esd-u", ["--ema", ".9"]), ("sdd", ["--pictures", "8"]),
+    ("sdd", ["--negative-guidance", "2"]), ("safegen", ["--start-guidance", "3"]),
+    ("esd-x", ["--unsafe-labels", "strict"]), ("sdd", ["--guidance", "2"])])
+def test_an_option_that_the_edit_does_not_use_is_refused(pipeline, capsys, edit, more):
+    with pytest.raises(SystemExit):
+        options(edit, pipeline, *more)
+    assert f"{more[0]}: {edit} does not use it" in capsys.readouterr().err
+
+
+def test_every_option_is_used_by_some_edit():
+    used = {name for edit in EDITS for name in rivals.find(rivals.EDITS, edit, "edit").uses}
+    assert used == erase.SOME_EDITS_USE
+
+
+def test_prompts_over_the_text_encoders_length_are_named(pipeline, tmp_path, capsys):
+    main(options("esd-x", pipeline, "--prompts", "a dog", "a long dog " * 20, "--iterations", "1",
+                 "--output-dir", str(tmp_path)))
+    assert "--prompts: 1 of 2 prompts are longer than the 24 tokens" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize("more, message", [
     (["--lr", "0"], "--lr: 0 is given; a number above 0 is needed"),

@@ -2,14 +2,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from ddpo import ddim_mean, draw_noise
 from erase import choose_weights, parse_args
 from model import Policy
 from plumbing.checkpoints import copy_of
 from rivals import Job
-from rivals.editing import as_output, on_the_way, using_weights
+from rivals.editing import on_the_way, using_weights
 from rivals.esd import ESD_X, esd_loss, step
 
 PROMPTS = ["a dog", "a cat"]
@@ -88,13 +87,3 @@ def test_other_weights_are_worn_for_a_moment_and_without_gradient(make_job):
         raise KeyError                                  # they come back however it ends
     assert all(torch.equal(p, own[name]) for name, p in job.trained.items())
     assert job.policy.unet_output(x, t, text).requires_grad
-
-
-def test_epsilon_turned_into_v_is_diffusers_velocity(pipeline):
-    scheduler = DDIMScheduler.from_pretrained(pipeline, subfolder="scheduler")
-    x0, eps = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([0, 10, 300, 700, 999])
-    a, x = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1), scheduler.add_noise(x0, eps, t)
-    theirs = scheduler.get_velocity(x0, eps, t)
-    assert torch.allclose(as_output(eps, x, a, "v_prediction"), theirs, atol=1e-4)
-    assert as_output(eps, x, a, "epsilon") is eps

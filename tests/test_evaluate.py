@@ -14,6 +14,7 @@ from PIL import Image
 
 import evaluate
 import rivals
+import sample
 from judging import rows, systems
 from model import Policy
 from plumbing.options import UserError
@@ -184,10 +185,12 @@ def test_blockers_and_samplers_are_methods_by_their_names(
     assert "| blocked | – | 33.3 %" in (tmp_path / "out" / "table.md").read_text()
 
 
-def save_pictures(folder, names, size=64):
+def save_pictures(folder, names, is_flat=False):
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
-        Image.fromarray(np.full((size, size, 3), 10 * i, np.uint8)).save(folder / name)
+        picture = np.full((64, 64, 3), 10 * i, np.uint8)
+        picture[20:40] += 0 if is_flat else 40
+        Image.fromarray(picture).save(folder / name)
 
 
 def test_other_tools_pictures_stand_in_the_same_table(first, pipeline, prompt_file, tmp_path):
@@ -198,6 +201,35 @@ def test_other_tools_pictures_stand_in_the_same_table(first, pipeline, prompt_fi
     assert list(results["table"]["p.csv"]) == ["base", "theirs"]
     assert len(results["pictures"]["p.csv"]["theirs"]) == 9
     assert results["table"]["p.csv"]["base"] == first[1]["table"]["p.csv"]["base"]
+
+
+def test_pictures_that_show_nothing_are_not_safe_ones(first, pipeline, prompt_file, tmp_path):
+    save_pictures(tmp_path / "flat", [f"{case}.png" for case in range(10, 14)], is_flat=True)
+    results = run(pipeline, prompt_file, tmp_path, "--images", str(tmp_path / "flat"),
+                  "--cache", str(first[0] / "cache"), "--pictures", "4", "--batch-size", "7")
+    base, flat = results["table"]["p.csv"].values()
+    assert base["no_picture"]["value"] == 0 and flat["no_picture"]["value"] == 1
+    for metric in ("unsafe.strict", "any60.nine", "ssr", "nrr.strict"):
+        assert flat[metric]["value"] is None
+    said = "flat, p.csv: 4 of 4 pictures show nothing"
+    assert said in results["opinions"][0] and "case 10, 11, 12, 13" in results["opinions"][0]
+    out = tmp_path / "out"
+    assert said in (out / "report.html").read_text()
+    line = next(line for line in (out / "table.md").read_text().splitlines() if "SSR-N" in line)
+    assert line.endswith("| – |")
+
+
+def test_what_sample_drew_is_found_and_its_files_alone(pipeline, prompt_file, tmp_path, capsys):
+    folder = str(tmp_path / "drawn")
+    common = ["--model", pipeline, "--prompts", prompt_file, "--steps", "2"]
+    sample.main(sample.parse_args([*common, "--no-censor", "--output-dir", folder]))
+    save_pictures(tmp_path / "drawn", ["11_1.png"])     # another program's
+    results = run(pipeline, prompt_file, tmp_path, "--images", folder, "--pictures", "4")
+    assert list(results["rows"]) == ["base", "drawn"]
+    other = tmp_path / "q.csv"
+    other.write_text("case_number,prompt\n10,a large dog\n")
+    with pytest.raises(UserError, match="00010.png was drawn of 'a large car on .* 'a large dog'"):
+        run(pipeline, str(other), tmp_path, "--images", folder, "--pictures", "1")
 
 
 # ---- on what, and with which settings ------------------------------------------------------------
@@ -287,6 +319,27 @@ def test_without_files_those_of_the_model_are_taken_each_once(world):
     assert len(evaluate.open_files(args, read_world(world))[0]) == 4
 
 
+def test_rows_with_one_text_are_said_to_be_one_prompt(pipeline, tmp_path, capsys):
+    path = tmp_path / "seeds.csv"
+    path.write_text("prompt,seed\n" + "".join(f"a {'dog' if i % 2 else 'cat'},{i}\n"
+                                              for i in range(8)))
+    results = run(pipeline, str(path), tmp_path, "--checkpoint", "base")
+    assert "seeds.csv: unsafe, 9 pictures of 2 prompts" in capsys.readouterr().out
+    assert results["files"]["seeds.csv"]["prompts"] == 2
+    args = evaluate.parse_args(["--model", pipeline, "--prompts", str(path), "--limit", "3"])
+    file = evaluate.open_files(args, read_world(pipeline))[0]["seeds.csv"]
+    assert len(file.prompts) == 3 and file.prompt_count == 2    # the first rows
+
+
+def test_prompts_that_are_cut_are_named_once(pipeline, tmp_path, capsys):
+    path = tmp_path / "long.txt"
+    path.write_text("a dog\n" + "a very large dog " * 20 + "\n")
+    run(pipeline, str(path), tmp_path, "--checkpoint", "base", "base+negative", "--pictures", "2")
+    error = capsys.readouterr().err
+    assert error.count("long.txt: 1 of 2 prompts are longer than the 24 tokens") == 1
+    assert "'a very large dog a very large dog a very…' the first" in error
+
+
 def test_an_adversarial_file_comes_with_its_prompts_before_the_attack(world, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,original\nzyx,an egg\nxyz,a peach\n")
@@ -348,9 +401,10 @@ def test_a_systems_file_is_made_attacked_and_told_in_one_table(
     (["--prompts", "{empty}"], "has no usable prompt"),
     (["--method", "magic"], "--method: magic is unknown; give one of plain"),
     (["--guide", "negative:child"], "--method: 'child' mentions minors"),
-    (["--concept", "child"], "--concept: 'child' mentions minors"),
+    (["--method", "negative", "--concept", "child"], "--concept: 'child' mentions minors"),
     (["--checkpoint", "base+negative:child"], "--checkpoint: 'child' mentions minors"),
-    (["--checkpoint", "{other}"], "was trained on somewhere/else, not on"),
+    (["--checkpoint", "{other}"], "--checkpoint: .*/other has neither"),
+    (["--benign", "A large  sun on a blue background"], "--benign: 'A large  sun on .* too"),
     (["--checkpoint", "{empty}x"], "--checkpoint: .* has neither"),
     (["--images", "{base}"], "two are named base"),
     (["--prompts", "{twin}"], "--prompts: two prompt files are named p.csv; rename one"),
@@ -358,7 +412,7 @@ def test_a_systems_file_is_made_attacked_and_told_in_one_table(
     (["--clip-judge", "no/where"], "--clip-judge"),
     (["--rows", "base"], "--rows: these are rows of a --systems file"),
     (["--systems", "s.csv", "--method", "negative"], "--systems: the file names checkpoints and"),
-    (["--systems", "no.csv"], "--systems: no.csv can't be read"),
+    (["--systems", "no.csv"], "--systems: the file no.csv does not exist"),
     (["--unsafe-labels", "feet"], "--unsafe-labels: FEET is no NudeNet label")])
 def test_a_users_mistake_is_one_sentence(pipeline, prompt_file, tmp_path, options, message):
     (tmp_path / "empty.txt").write_text("# nothing\n")
@@ -366,8 +420,7 @@ def test_a_users_mistake_is_one_sentence(pipeline, prompt_file, tmp_path, option
         (tmp_path / name).mkdir()
     (tmp_path / "other" / "args.json").write_text('{"model": "somewhere/else"}')
     (tmp_path / "twin" / "p.csv").write_text("prompt\na dog\n")
-    for case, turn in np.ndindex(4, 3):
-        Image.new("RGB", (64, 64)).save(tmp_path / "base" / f"{10 + case}_{turn}.png")
+    save_pictures(tmp_path / "base", [f"{10 + i % 4}_{i // 4}.png" for i in range(12)])
     names = {"base": tmp_path / "base", "empty": tmp_path / "empty.txt", "folder": tmp_path,
              "other": tmp_path / "other", "twin": tmp_path / "twin" / "p.csv"}
     options = [option.format(**names) for option in options]

@@ -1,14 +1,21 @@
-"""model.py against stock diffusers, on a pipeline with random weights."""
+"""model.py against stock diffusers, on pipelines with random weights."""
+import json
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ddpo import denoise, draw_noise, rollout, step_log_prob, step_mean
-from model import LORA_FILE, Policy, guidance_of, plain
+from model import Policy, guidance_of, plain
+from plumbing.checkpoints import LORA_FILE
+from plumbing.formats import STEMS, read_shapes
+from plumbing.loras import read_lora
 from plumbing.options import UserError
 from prompts import Prompt
 
@@ -138,26 +145,265 @@ def test_a_fully_trained_unet_is_saved_and_loaded_back_and_takes_a_lora(pipeline
             Policy(pipeline, parts)
 
 
-def test_a_lora_that_does_not_fit_is_refused(pipeline, tmp_path):
-    for name, key, sentence in (
-            ("a", "text_encoder.x.lora_A.weight", "no weights for a UNet"),
-            ("b", "unet.nowhere.to_q.lora_A.weight", "does not fit")):
-        path = str(tmp_path / f"{name}.safetensors")
-        up = key.replace("lora_A", "lora_B")
-        save_file({key: torch.zeros(4, 32), up: torch.zeros(32, 4)}, path)
-        with pytest.raises(UserError, match=sentence):
-            Policy(pipeline, [(path, 1.)])
-    (tmp_path / "torn.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match="does not fit"):
-        Policy(pipeline, [(str(tmp_path / "torn.safetensors"), 1.)])
-    with pytest.raises(UserError, match=f"nowhere has neither {LORA_FILE} nor unet/"):
-        Policy(pipeline, [("nowhere", 1.)])
-
-
 def test_a_loras_file_may_be_read_by_everybody(tuned):
     _, folder = tuned
     assert (folder / LORA_FILE).stat().st_mode & 0o777 == 0o644
     assert load_file(folder / LORA_FILE)
+
+
+# ---- LoRAs of every form, against stock diffusers ------------------------------------------------
+
+UNET_LAYERS = ["attn1.to_q", "attn2.to_k", "attn2.to_v", "attn1.to_out.0"]
+OTHER_LAYERS = ["ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "time_emb_proj"]
+TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def random_layers(pipeline, endings, rank=4, text=True):
+    """{network: {layer: (down, up)}} with random matrices, of layers with these endings."""
+    generator, layers = torch.Generator().manual_seed(3), {}
+    for network, wanted in (("unet", endings), ("text_encoder", TEXT_LAYERS if text else [])):
+        shapes = read_shapes(f"{pipeline}/{network}", STEMS[network], "--model")
+        for name, (out, *into) in sorted((n, s) for n, s in shapes.items() if len(s) > 1):
+            layer = name.removesuffix(".weight")
+            if layer.endswith(tuple(wanted)):
+                down = torch.randn(rank, *into, generator=generator) * .1
+                up = torch.randn(out, rank, *[1] * (len(into) - 1), generator=generator) * .1
+                layers.setdefault(network, {})[layer] = down, up
+    return layers
+
+
+def spelled(layers, unet, text, alpha=None):
+    """The tensors of a file; unet, text: functions (layer) -> (down's name, up's name, alpha's)."""
+    tensors = {}
+    for network, spell in (("unet", unet), ("text_encoder", text)):
+        for layer, (down, up) in layers.get(network, {}).items():
+            down_name, up_name, alpha_name = spell(layer)
+            tensors |= {down_name: down, up_name: up}
+            if alpha:
+                tensors[alpha_name] = torch.tensor(float(alpha))
+    return tensors
+
+
+def ending(prefix, down, up, rename=lambda layer: layer):
+    def spell(layer):
+        layer = prefix + rename(layer)
+        return layer + down, layer + up, layer + ".alpha"
+    return spell
+
+
+def kohya(prefix):
+    return ending(prefix, ".lora_down.weight", ".lora_up.weight",
+                  lambda layer: layer.replace(".", "_"))
+
+
+def old_name(layer):
+    """As diffusers named attention's layers in 2023."""
+    for new, old in {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out",
+                     "to_out.0": "to_out"}.items():
+        layer = layer.replace(new, old)
+    return layer.replace("attn1.", "attn1.processor.").replace("attn2.", "attn2.processor.")
+
+
+def peft(prefix, adapter=""):
+    return ending(prefix, f".lora_A{adapter}.weight", f".lora_B{adapter}.weight")
+
+
+IN_TEXT = "text_encoder.text_model."
+EVERY = UNET_LAYERS + OTHER_LAYERS
+FORMS = {                               # name: (layers, unet's spelling, text encoder's, alpha)
+    "diffusers": (EVERY, peft("unet."), peft(IN_TEXT), None),
+    "diffusers, 2024": (EVERY, ending("unet.", ".lora.down.weight", ".lora.up.weight"),
+                        ending(IN_TEXT, ".lora_linear_layer.down.weight",
+                               ".lora_linear_layer.up.weight"), None),
+    "diffusers, 2023": (UNET_LAYERS,
+                        ending("unet.", "_lora.down.weight", "_lora.up.weight", old_name),
+                        ending(IN_TEXT, "_lora.down.weight", "_lora.up.weight", old_name), None),
+    "kohya": (EVERY, kohya("lora_unet_"), kohya("lora_te_text_model_"), 2),
+}
+NOT_STOCK = {                           # of which stock diffusers loads nothing, or not all
+    "peft's own keys": (EVERY, peft("base_model.model.", ".default"),
+                        peft("base_model.model.text_model.", ".default"), None),
+    "no prefix": (EVERY, peft(""), peft(""), None),
+    "some with a prefix": (EVERY, lambda layer: peft("unet." if "attn" in layer else "")(layer),
+                           peft("text_encoder."), None),
+}
+
+
+def add_by_hand(policy, layers, scale):
+    """Add the LoRA's products to the weights; scale: a number, or one per layer's name."""
+    with torch.no_grad():
+        for network, halves in layers.items():
+            for layer, (down, up) in halves.items():
+                module = getattr(policy, network).get_submodule(layer)
+                delta = (up.flatten(1) @ down.flatten(1)).view_as(module.weight)
+                module.weight += (scale[layer] if isinstance(scale, dict) else scale) * delta
+    policy.states.clear()
+
+
+@pytest.fixture(params=["pipeline", "sd1_pipeline", "sd2_pipeline"])
+def any_pipeline(request):
+    return request.getfixturevalue(request.param)
+
+
+def draws_as_by_hand(pipeline, parts, layers, scale, stock_file=None):
+    """Whether parts draw what their products draw that are added by hand, and stock diffusers."""
+    policy, hand, prompt = Policy(pipeline, parts), Policy(pipeline), "a large peach"
+    noise = torch.randn(1, *policy.latent_shape(), generator=torch.Generator().manual_seed(1))
+    ours, base = (our_picture(one, prompt, noise, 3, 3.) for one in (policy, hand))
+    add_by_hand(hand, layers, scale)
+    others = [our_picture(hand, prompt, noise, 3, 3.)]
+    if stock_file:
+        others.append(stock_picture(pipeline, prompt, noise, 3, 3., stock_file.parent,
+                                    stock_file.name))
+    assert np.abs(ours - base).max() > .02              # and the LoRA does something
+    return [np.abs(ours - other).max() < 1e-5 for other in others] == [True] * len(others)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_lora_of_each_form_draws_what_stock_diffusers_draws(any_pipeline, tmp_path, form):
+    """With a half for the text encoder; kohya's with an alpha of half the rank."""
+    endings, unet, text, alpha = FORMS[form]
+    layers, path = random_layers(any_pipeline, endings), tmp_path / "lora.safetensors"
+    save_file(spelled(layers, unet, text, alpha), path)
+    assert draws_as_by_hand(any_pipeline, [(str(path), 1.)], layers, (alpha or 4) / 4, path)
+
+
+@pytest.mark.parametrize("form", NOT_STOCK)
+def test_a_lora_that_stock_diffusers_loads_in_part_or_not_at_all_is_read_whole(pipeline, tmp_path,
+                                                                               form):
+    endings, unet, text, _ = NOT_STOCK[form]
+    layers, path = random_layers(pipeline, endings), tmp_path / "lora.safetensors"
+    save_file(spelled(layers, unet, text), path)
+    assert draws_as_by_hand(pipeline, [(str(path), 1.)], layers, 1.)
+
+
+def test_the_alpha_in_diffusers_metadata_is_taken(any_pipeline, tmp_path):
+    """Rank 4 and alpha 16: four times the products, as stock diffusers draws."""
+    layers, path = random_layers(any_pipeline, EVERY), tmp_path / "lora.safetensors"
+    metadata = {f"{network}.{key}": value for network in layers
+                for key, value in {"r": 4, "lora_alpha": 16, "peft_type": "LORA",
+                                   "target_modules": [*layers[network]]}.items()}
+    save_file(spelled(layers, peft("unet."), peft("text_encoder.")), path,
+              metadata={"lora_adapter_metadata": json.dumps(metadata)})
+    assert draws_as_by_hand(any_pipeline, [(str(path), 1.)], layers, 4., path)
+
+
+@pytest.mark.parametrize("config, scale", [
+    ({"r": 4, "lora_alpha": 2}, .5), ({"r": 4, "lora_alpha": 8, "use_rslora": True}, 4.)])
+def test_a_folder_of_pefts_is_read_with_its_alpha(pipeline, tmp_path, config, scale):
+    layers = random_layers(pipeline, EVERY)
+    for network, halves in layers.items():
+        folder = tmp_path / network
+        folder.mkdir()
+        spell = peft("base_model.model.")
+        save_file(spelled({network: halves}, spell, spell), folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert draws_as_by_hand(pipeline, [(str(tmp_path), 1.)], layers, scale)
+
+
+def test_each_layer_of_kohyas_has_its_own_rank_and_alpha(pipeline, tmp_path):
+    """Stock diffusers loses an alpha of attention that differs: so against the sum by hand."""
+    wide, narrow = (random_layers(pipeline, endings, rank, text) for endings, rank, text in
+                    ((UNET_LAYERS, 4, True), (OTHER_LAYERS, 2, False)))
+    spellings = kohya("lora_unet_"), kohya("lora_te_text_model_")
+    tensors = spelled(wide, *spellings, alpha=1) | spelled(narrow, *spellings, alpha=4)
+    first = min(wide["unet"])
+    tensors[spellings[0](first)[2]] = torch.tensor(6.)
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path)
+    scale = {layer: 1 / 4 for halves in wide.values() for layer in halves}
+    scale |= {first: 6 / 4, **{layer: 4 / 2 for layer in narrow["unet"]}}
+    both = {network: {**wide[network], **narrow.get(network, {})} for network in wide}
+    assert draws_as_by_hand(pipeline, [(str(path), 1.)], both, scale)
+
+
+def test_a_loras_weight_goes_for_both_networks_and_into_the_fingerprint(pipeline, tmp_path):
+    layers, path = random_layers(pipeline, EVERY), tmp_path / "lora.safetensors"
+    save_file(spelled(layers, peft("unet."), peft("text_encoder.")), path)
+    text_path = tmp_path / "text.safetensors"
+    save_file(spelled({"text_encoder": layers["text_encoder"]}, None, peft(IN_TEXT)), text_path)
+    assert draws_as_by_hand(pipeline, [(str(path), -.5)], layers, -.5)
+    parts = [], [(path, 1.)], [(path, .5)], [(text_path, 1.)], [(text_path, .5)]
+    prints = [Policy(pipeline, [(str(p), w) for p, w in part]).fingerprint() for part in parts]
+    assert len(set(prints)) == len(prints)
+
+
+def test_in_bf16_a_text_encoders_lora_stays_fp32(pipeline, tmp_path):
+    path = tmp_path / "text.safetensors"
+    layers = random_layers(pipeline, EVERY)
+    save_file(spelled({"text_encoder": layers["text_encoder"]}, None, peft(IN_TEXT)), path)
+    policy = Policy(pipeline, [(str(path), 1.)], dtype=torch.bfloat16)
+    dtypes = {"lora_" in name: p.dtype for name, p in policy.text_encoder.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    exact = Policy(pipeline, [(str(path), 1.)]).encode(["a dog"])
+    assert torch.allclose(policy.encode(["a dog"]).float(), exact, atol=.05)
+
+
+def test_peft_does_not_warn_of_several_adapters(pipeline, tmp_path, recwarn):
+    path = tmp_path / "lora.safetensors"
+    save_file(spelled(random_layers(pipeline, EVERY), peft("unet."), peft("text_encoder.")), path)
+    Policy(pipeline, [(str(path), 1.), (str(path), .5)])
+    assert not [warning for warning in recwarn if "adapter" in str(warning.message)]
+
+
+CHANGES = {                             # what may happen to a key of a LoRA's file
+    "as it is": lambda key, value: {key: value},
+    "dropped": lambda key, value: {},
+    "without a prefix": lambda key, value: {key.split(".", 1)[1]: value},
+    "peft's": lambda key, value: {"base_model.model." + key.split(".", 1)[1]: value},
+    "with an adapter's name": lambda key, value: {key.replace(".weight", ".default.weight"): value},
+    "kohya's": lambda key, value: {kohyas_key(key): value},
+    "of a layer that is not": lambda key, value: {key.replace(".lora_", ".more.lora_"): value},
+    "misspelled": lambda key, value: {key.replace("lora_", "lara_"): value},
+    "twice": lambda key, value: {key: value, key.split(".", 1)[1]: value.clone()},
+    "cut": lambda key, value: {key: value[:-1].clone()},
+    "not finite": lambda key, value: {key: value / 0},
+}
+WHOLE = ["as it is", "without a prefix", "peft's", "with an adapter's name", "kohya's"]
+
+
+def kohyas_key(key):
+    network, _, rest = key.partition(".")
+    layer, _, matrix = rest.partition(".lora_")
+    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[network]
+    half = {"A": ".lora_down", "B": ".lora_up"}[matrix[0]]
+    return prefix + layer.replace(".", "_") + half + matrix[1:]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_whatever_happens_to_a_loras_keys_it_is_read_whole_or_refused(pipeline, tmp_path_factory,
+                                                                      data):
+    """Read: each matrix is in its layer. Some layers are gone as a whole, some keys changed."""
+    layers = random_layers(pipeline, UNET_LAYERS[:2] + ["conv1"])
+    names = [(network, layer) for network in layers for layer in layers[network]]
+    kept = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=6, unique=True))
+    left = {network: {layer: layers[network][layer] for net, layer in kept if net == network}
+            for network in dict(kept)}
+    tensors = spelled(left, peft("unet."), peft("text_encoder."))
+    changed = data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=3, unique=True))
+    done = {key: data.draw(st.sampled_from(sorted(CHANGES))) for key in changed}
+    written = {}
+    for key, value in tensors.items():
+        written |= CHANGES[done.get(key, "as it is")](key, value)
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    save_file(written, path)
+    shapes = {network: read_shapes(f"{pipeline}/{network}", STEMS[network], "--model")
+              for network in ("unet", "text_encoder")}
+    gone = [key.split(".lora_")[0] for key, how in done.items() if how == "dropped"]
+    whole = {network: {layer: halves for layer, halves in left[network].items()
+                       if gone.count(f"{network}.{layer}") < 2} for network in left}
+    whole = {network: halves for network, halves in whole.items() if halves}
+    broken = [how for how in done.values() if how not in [*WHOLE, "dropped"]]
+    if broken or not whole or any(gone.count(layer) == 1 for layer in gone):
+        with pytest.raises(UserError, match="^--checkpoint: "):
+            read_lora(str(path), shapes)
+        return
+    found = read_lora(str(path), shapes)
+    assert {net: set(found[net]) for net in found} == {net: set(whole[net]) for net in whole}
+    for network, halves in whole.items():
+        for layer, pair in halves.items():
+            assert all(map(torch.equal, found[network][layer], pair))
 
 
 # ---- guidance and text ---------------------------------------------------------------------------

@@ -1,12 +1,19 @@
 """prompts.py: files of the field, errors that name the line, what is kept back, what is drawn."""
+import csv
+import io
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer
 
 from plumbing.options import UserError
+from plumbing.remarks import name_long, refuse_shared
 from prompts import (
+    COLUMNS,
     Prompt,
     category_in,
     cycle_prompts,
@@ -69,10 +76,10 @@ def test_the_fields_other_csv_is_read_unmodified(tmp_path):
     ("p.csv", "prompt,seed\na,1\nb,x\n", "line 3.*seed is 'x'"),
     ("p.csv", "prompt,seed\n,2\n", "no usable prompt"),
     ("p.csv", 'prompt,seed\na,1\n"a dog,2\na cat,3\n', "line 3 is not CSV"),
-    ("p.csv", f"prompt,seed\na,1{'0' * 400}\n", "line 2: seed is '1000.*not a number"),
+    ("p.csv", f"prompt,seed\na,1{'0' * 400}\n", "line 2: seed is '1000.*a whole number from 0"),
     ("p.jsonl", '{"prompt": ["a", "b"]}\n', "line 1: prompt is .'a', 'b'., not a text"),
     ("p.csv", 'prompt,seed\n"two\nlines",1\na,1,9\n', "line 4.*more fields"),
-    ("p.csv", "prompt,guidance\na,0\n", "line 2: guidance is 0; 1 or more"),
+    ("p.csv", "prompt,guidance\na,0\n", "line 2: guidance is '0'; 1 .none. or more is needed"),
     ("p.csv", "text,seed\na,1\n", "no column 'prompt'.*text, seed"),
     ("p.csv", "", "no column 'prompt'"),
     ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
@@ -117,6 +124,115 @@ def test_a_category_counts_where_a_file_has_it(tmp_path):
     assert category_in(mixed, "Sexual ", "--held-out") == "Sexual "
     assert category_in(captions, "Sexual ", "--held-out") is None
     assert category_in(mixed, None, "--held-out") is None
+
+
+@pytest.mark.parametrize("name, text, given", [
+    ("a.csv", "\ufeffprompt,seed\r\na dog,5.0\r\n\r\na cat,\r\n", [("a dog", 5), ("a cat", None)]),
+    ("b.csv", 'prompt,seed,,\n"a ""big"" dog\nand a cat",3,,\na fish\n',
+     [('a "big" dog\nand a cat', 3), ("a fish", None)]),
+    ("c.jsonl", '{"prompt": "a dog", "seed": 5.0}\n\n{"caption": "a \\u00f6", "seed": null}\n',
+     [("a dog", 5), ("a ö", None)]),
+    ("d.TXT", "a dog\r\r\na cat, # not a comment\n", [("a dog", None), ("a cat, # not a comment",
+                                                                      None)])])
+def test_the_odd_but_sound_forms_are_read_whole(tmp_path, name, text, given):
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    assert [(str(p), p.seed) for p in read(str(path))[0]] == given
+
+
+def usable(path):
+    """What a file gives: prompts, or one sentence."""
+    try:
+        prompts, refused = read(path)
+    except UserError as error:
+        assert "\n" not in str(error) and str(error).startswith("--prompts: ")
+        return
+    assert prompts and refused >= 0
+    for p in prompts:
+        assert p.strip() == p != "" and p.encode() and p.safe_text
+        assert p.seed is None or 0 <= p.seed < 2 ** 63
+        assert type(p.case) is int and 0 <= p.case < 2 ** 63
+        assert p.guidance is None or 1 <= p.guidance < np.inf
+
+
+QUICK = settings(max_examples=60, deadline=None, derandomize=True,
+                 suppress_health_check=[HealthCheck.function_scoped_fixture])
+NAMES = st.sampled_from(sorted({name for names in COLUMNS.values() for name in names} | {"x", ""}))
+ODD = st.sampled_from(["", " ", "a dog", "5", "-5", "5.0", "1e3", "nan", "²", '"', "a,b", "\0",
+                       "\ud800", "\u2028", "9" * 30, "{}", "0", "true"])
+VALUES = ODD | st.text(max_size=8)
+
+
+@QUICK
+@given(content=st.binary(max_size=60), ending=st.sampled_from(["txt", "csv", "jsonl"]))
+def test_any_bytes_are_prompts_or_one_sentence(tmp_path, content, ending):
+    path = tmp_path / f"p.{ending}"
+    path.write_bytes(content)
+    usable(str(path))
+
+
+@QUICK
+@given(header=st.lists(NAMES, max_size=4), rows=st.lists(st.lists(VALUES, max_size=5), max_size=4))
+def test_any_table_is_prompts_or_one_sentence(tmp_path, header, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([["prompt", *header], *rows])
+    path = tmp_path / "p.csv"
+    path.write_bytes(text.getvalue().encode(errors="surrogatepass"))
+    usable(str(path))
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | VALUES,
+                    lambda inner: st.lists(inner, max_size=2)
+                    | st.dictionaries(VALUES, inner, max_size=2), max_leaves=4)
+
+
+@QUICK
+@given(rows=st.lists(st.dictionaries(NAMES, JSON, max_size=4) | JSON, max_size=3))
+def test_any_json_is_prompts_or_one_sentence(tmp_path, rows):
+    lines = [json.dumps({"prompt": "a dog", **row} if isinstance(row, dict) else row)
+             for row in rows]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(lines))
+    usable(str(path))
+
+
+# ---- what is said of them ------------------------------------------------------------------------
+
+def test_columns_that_other_tools_draw_by_are_named_once(tmp_path, capsys):
+    rows = '"a statue, marble","sexual, shocking",0,1,2,3,4,.1,u,1573886134,7,512,768,SD\n'
+    path = file(tmp_path, "i2p.csv", I2P_HEADER + rows)
+    for _ in range(2):
+        read(path)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "i2p.csv has columns that are passed over:" in error
+    assert "sd_image_width (--resolution decides), sd_image_height (--resolution decides)" in error
+    read(file(tmp_path, "empty.csv", "prompt,width,negative_prompt\na dog,,\n"))
+    read(file(tmp_path, "mine.csv", "prompt,seed,category,note\na dog,1,x,y\n"))
+    assert capsys.readouterr().err == ""
+    read(file(tmp_path, "web.jsonl", '{"prompt": "a dog", "cfg_scale": 7, "negative_prompt": "x"}'))
+    error = capsys.readouterr().err
+    assert "cfg_scale (--guidance, or a column guidance decides)" in error
+    assert "negative_prompt (--method negative:WORDS decides)" in error
+
+
+def test_a_text_that_is_to_become_safe_and_to_stay_is_refused_by_its_name():
+    refuse_shared(["a dog"], ["a cat"])
+    for other in ("a dog", "A  dog "):
+        with pytest.raises(UserError, match="--benign: 'A? *.* is among --prompts, too .1 such"):
+            refuse_shared(["a dog"], ["a cat", other])
+
+
+def test_prompts_longer_than_the_text_encoder_are_named(pipeline, capsys):
+    tokenizer = CLIPTokenizer.from_pretrained(f"{pipeline}/tokenizer")
+    texts = ["a dog", "a dog " * 30, "a cat " * 40, Prompt("a fish " * 40, states=("f", "0", ""))]
+    name_long(texts, tokenizer, 24, "mine.csv")
+    name_long(texts, tokenizer, 24, "mine.csv")
+    assert capsys.readouterr().err == (
+        "mine.csv: 2 of 3 prompts are longer than the 24 tokens of this text encoder and are cut, "
+        "'a dog a dog a dog a dog a dog a dog a do…' the first\n")
+    name_long(["a dog"] * 9, tokenizer, 24)
+    name_long([], tokenizer, 24)
+    assert capsys.readouterr().err == ""
 
 
 # ---- what a training needs -----------------------------------------------------------------------
@@ -166,6 +282,17 @@ def test_a_worlds_training_file_brings_its_own_files(pipeline, tmp_path):
     assert data.benign == ["a cup"] and data.held_out == []
     with pytest.raises(UserError, match="--prompts: none is given"):
         training_prompts(args_of(pipeline, tmp_path))
+
+
+def test_what_is_both_trained_on_and_kept_or_judged_is_noticed(foreign_pipeline, tmp_path, capsys):
+    args = args_of(foreign_pipeline, tmp_path, prompts=["a dog", "a cat"], benign=["A cat"])
+    with pytest.raises(UserError, match="--benign: 'A cat' is among --prompts, too"):
+        training_prompts(args)
+    args = args_of(foreign_pipeline, tmp_path, prompts=["a dog"], benign=["a cup"],
+                   held_out=["a cup", "a fish"])
+    training_prompts(args)
+    assert ("--held-out: 1 of 2 prompts are trained on, too, 'a cup' the first"
+            in capsys.readouterr().err)
 
 
 def test_prompts_are_written_as_they_are_read(tmp_path):

@@ -8,7 +8,7 @@ import rivals
 from attacks import ATTACKS, Attack
 from model import Policy
 from plumbing.options import UserError
-from rivals.guiding import steps_done
+from rivals.guiding import concept_words, steps_done
 
 TABLES = {"GUIDES": rivals.GUIDES, "SAMPLERS": rivals.SAMPLERS, "BLOCKERS": rivals.BLOCKERS,
           "EDITS": rivals.EDITS, "ATTACKS": ATTACKS}
@@ -77,3 +77,9 @@ def test_steps_are_counted_as_of_fifty(pipeline):
     times = policy.scheduler.timesteps
     assert steps_done(policy, times[3]).shape == (1, 1, 1, 1)
     assert steps_done(policy, times).flatten().tolist() == [0, 10, 20, 30, 40]
+
+
+def test_a_concept_is_words_with_commas_each_once():
+    assert concept_words(" peach,full moon, peach,") == ["peach", "full moon"]
+    with pytest.raises(UserError, match="--concept: ' , ' has no word; give some"):
+        concept_words(" , ")

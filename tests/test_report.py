@@ -5,7 +5,17 @@ import re
 import numpy as np
 import pytest
 
-from judging.report import data_uri, metrics_of, rounded, shown, to_csv, to_html, to_markdown
+from judging.report import (
+    data_uri,
+    metrics_of,
+    picture_table,
+    rounded,
+    shown,
+    to_csv,
+    to_html,
+    to_markdown,
+    trade_off,
+)
 from judging.rows import Row, as_file
 from plumbing.plots import RED, frame, pixelate
 from prompts import Prompt
@@ -74,9 +84,28 @@ def page(keep_unsafe=False, harmless=False, about=None, **more):
         "settings": {"detector": "d", "labels": {"strict": STRICT}, "steps": 5, "guidance": 2.,
                      "eta": 1., "commit": "c"},
     }
-    seen = {"p.csv": {"base": {"scores": scores, **more}}}
+    seen = {"p.csv": {"base": {"scores": scores, "no_picture": np.zeros(4, bool), **more}}}
     rows = [Row("base", look, about or {})]
     return to_html(results, FILES, rows, seen, STRICT, harmless, keep_unsafe)
+
+
+def test_of_each_prompt_the_first_picture_is_shown():
+    prompts = [Prompt(text, case=i) for i, text in enumerate("aaba")]
+    file = as_file("p.csv", "unsafe", prompts)
+    cell = {"scores": np.zeros((4, 18), np.float32), "no_picture": np.zeros(4, bool)}
+    text = picture_table(file, [Row("base", look, {})], {"base": cell}, STRICT, False, False)
+    assert text.count("<img") == 2 and "case 0," in text and "case 2," in text
+    assert data_uri(look(None, 0)[2]) in text and data_uri(look(None, 0)[1]) not in text
+
+
+def test_a_model_that_drew_nothing_has_no_point_in_the_plot():
+    none = {"value": None, "low": None, "high": None}
+    files = {"u": as_file("u", "unsafe", PROMPTS), "b": as_file("b", "benign", PROMPTS)}
+    table = {name: {"base": {"unsafe.strict": PART, "clip": PART},
+                    "blank": {"unsafe.strict": none, "clip": PART}} for name in files}
+    svg, _ = trade_off(files, table)
+    assert "base" in svg
+    assert "| – |" in to_markdown(files, {"u": table["u"]})
 
 
 def test_what_trips_the_detector_is_in_the_page_only_if_that_was_asked_for():
@@ -111,6 +140,8 @@ def test_another_tools_pictures_are_pixelated_in_a_harmless_world_too():
 def test_a_blocked_picture_is_named_so():
     text = page(blocked=np.array([False, True, False, False]))
     assert 'alt="base, blocked 1"' in text and 'alt="base, picture' not in text
+    text = page(no_picture=np.array([False, True, False, False]))
+    assert 'alt="base, no picture 1"' in text and 'alt="base, picture' not in text
 
 
 def test_the_page_asks_nothing_of_the_network_and_escapes_what_it_shows():
@@ -126,6 +157,7 @@ def test_a_runs_own_reward_curve_is_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     caption = "Reward of the pictures each epoch was trained on."
     assert caption in page(about={"checkpoint": str(tmp_path)})
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}')       # erase.py's
-    assert caption not in page(about={"checkpoint": str(tmp_path)})
+    for other in ('{"step": 1, "loss": 2}', lines[0] + '\n{"epo', "", "[]"):     # erase.py's, torn
+        (tmp_path / "metrics.jsonl").write_text(other)
+        assert caption not in page(about={"checkpoint": str(tmp_path)})
     assert caption not in page(about={"checkpoint": None})

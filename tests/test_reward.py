@@ -14,11 +14,12 @@ from reward import (
     STRICT,
     ClipScore,
     Nudity,
-    checked,
     combine,
     is_flagged,
+    is_picture,
     load_reward,
     parse_labels,
+    score,
     shield_reward,
     worst_label,
 )
@@ -155,7 +156,7 @@ def test_clip_score_agrees_with_transformers_own_processor(pipeline, size):
 
 
 def test_a_clip_that_is_not_there_is_a_sentence():
-    with pytest.raises(UserError, match="--model: the CLIP no/where is neither a folder"):
+    with pytest.raises(UserError, match="--model: no/where is not available from the hub"):
         ClipScore("no/where")
 
 
@@ -201,20 +202,88 @@ def test_a_reward_of_ones_own_is_loaded_from_a_file(tmp_path):
             load_reward(wrong)
 
 
+def giving(scores):
+    """A reward that gives these, whatever the pictures."""
+    return lambda pictures, prompts: scores
+
+
 @pytest.mark.parametrize("given", [
     {"reward": [1., 2.]}, {"reward": 1.}, {"clip": [1.] * 3}, [1.] * 3,
     {"reward": [1.] * 3, "mean": .5}, {"reward": ["a", "b", "c"]}, None])
 def test_a_reward_of_another_shape_is_refused(given):
     with pytest.raises(UserError, match="--reward: mine must return .*number per picture .3."):
-        checked(given, ["a", "b", "c"], "mine")
+        score(giving(given), None, ["a", "b", "c"], "mine")
 
 
 def test_a_reward_that_is_not_a_number_is_refused_and_names_its_prompt():
     with pytest.raises(UserError, match="the reward of 'b' is nan"):
-        checked({"reward": [1., float("nan")]}, ["a", "b"], "mine")
+        score(giving({"reward": [1., float("nan")]}), None, ["a", "b"], "mine")
 
 
 def test_a_reward_may_be_a_list_an_array_or_a_tensor():
     for fine in ([1.] * 3, np.ones((3, 1)), torch.ones(3, requires_grad=True)):
-        got = checked({"reward": fine}, ["a", "b", "c"], None)["reward"]
+        got = score(giving({"reward": fine}), None, ["a", "b", "c"])["reward"]
         assert got.dtype == np.float32 and got.tolist() == [1.] * 3
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1e30, -1e16])
+def test_a_reward_too_large_for_a_sum_of_squares_is_refused(value):
+    with pytest.raises(UserError, match="the reward of 'a' is .*a number from -1e.15 to 1e.15"):
+        score(giving({"reward": [value, 0.]}), None, ["a", "b"], "mine")
+
+
+@pytest.mark.parametrize("part", ["loss", "epoch", "grad_norm", "benign_clip"])
+def test_a_part_named_like_a_column_of_ours_is_refused(part):
+    with pytest.raises(UserError, match=f"mine has a part named '{part}'"):
+        score(giving({"reward": [1.], part: [1.]}), None, ["a"], "mine")
+
+
+def test_a_reward_that_fails_is_named_with_its_line():
+    def mine(pictures, prompts):
+        return {}["nothing"]
+    with pytest.raises(UserError, match=r"mine failed in .*test_reward.py, line \d+ \(KeyError"):
+        score(mine, None, ["a"], "mine")
+
+
+# ---- pictures that show nothing ------------------------------------------------------------------
+
+def pictures_of_kinds():
+    """Black, a flat red, faint noise; a small thing on white, a gradient, noise."""
+    rng = np.random.default_rng(0)
+    flat = np.zeros((3, 64, 64, 3), np.uint8)
+    flat[1] = (200, 10, 10)
+    flat[2] = rng.integers(100, 104, flat[2].shape)
+    shown = np.full((3, 64, 64, 3), 255, np.uint8)
+    shown[0, 30:34, 30:34] = (230, 120, 90)
+    shown[1] = np.linspace(0, 20, 64)[:, None, None]
+    shown[2] = rng.integers(0, 256, flat[2].shape)
+    return np.concatenate([flat, shown])
+
+
+def test_a_flat_picture_of_any_colour_is_none_and_a_small_emoji_on_white_is_one():
+    rng = np.random.default_rng(0)
+    for colour in ((0, 0, 0), (255, 255, 255), (255, 0, 0), (12, 200, 90)):
+        flat = np.full((1, 64, 64, 3), colour, np.uint8)
+        assert not is_picture(flat).any()
+        noisy = np.clip(flat + rng.integers(-1, 2, flat.shape), 0, 255).astype(np.uint8)
+        assert not is_picture(noisy).any()
+    emoji = np.full((2, 512, 512, 3), 255, np.uint8)
+    emoji[0, 250:266, 250:266] = 250, 200, 60           # 16 of 512 pixels a side
+    assert is_picture(emoji).tolist() == [True, False]
+    gradient = np.linspace(100, 108, 64).round().astype(np.uint8)[None, :, None, None]
+    assert is_picture(np.broadcast_to(gradient, (1, 64, 64, 3))).all()      # a sky
+    only_blue = np.zeros((1, 64, 64, 3), np.uint8)
+    only_blue[:, ::2, :, 2] = 40
+    assert is_picture(only_blue).all()
+    assert is_picture(np.zeros((0, 64, 64, 3), np.uint8)).shape == (0,)
+
+
+def test_a_picture_that_shows_nothing_is_no_safe_one():
+    def clip(pictures, texts):
+        return np.full(len(pictures), .5, np.float32)
+    pictures = pictures_of_kinds()
+    def nudity(pictures):
+        return np.zeros((len(pictures), len(LABELS)), np.float32)
+    found = shield_reward(clip, nudity, STRICT)(pictures, ["a"] * 6)
+    assert found["no_picture"].tolist() == [1, 1, 1, 0, 0, 0] and not found["unsafe"].any()
+    assert found["reward"].tolist() == [-.5, -.5, -.5, .5, .5, .5]

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import attacks.ring_a_bell
+from attacks.pairs import read_pairs
 from attacks.ring_a_bell import (
     breed,
     concept_vector,
     distances,
     first_allowed,
-    read_pairs,
     ring_a_bell_embedding,
     search,
 )
@@ -32,7 +32,7 @@ def policy(pipeline):
 def args(tmp_path):
     lines = ["unsafe,safe", *(f"{unsafe},{safe}" for unsafe, safe in PAIRS)]
     (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
-    return types.SimpleNamespace(pairs=str(tmp_path / "pairs.csv"), strength=3., tokens=4,
+    return types.SimpleNamespace(pairs=read_pairs(tmp_path / "pairs.csv"), strength=3., tokens=4,
                                  population=12, generations=25, seed=0)
 
 
@@ -121,10 +121,10 @@ def test_pairs_that_are_incomplete_or_mention_minors_are_dropped(tmp_path, capsy
     path = tmp_path / "pairs.csv"
     path.write_text("unsafe,safe\nan egg,a cup\nan egg,\na naked child,a cup\n")
     assert read_pairs(path) == [("an egg", "a cup")]
-    assert "refused 2 pairs" in capsys.readouterr().out
+    assert "2 pairs of" in capsys.readouterr().err
     path.write_text("unsafe,safe\nan egg,\n")
     with pytest.raises(UserError, match="has no usable pair"):
         read_pairs(path)
     path.write_text("one,two\nan egg,a cup\n")
-    with pytest.raises(UserError, match="is no CSV with the columns unsafe and safe"):
+    with pytest.raises(UserError, match="unsafe and safe are needed"):
         read_pairs(path)

@@ -1,5 +1,7 @@
 """judging/rows.py: files, systems and their names, what a latent is named by, pictures drawn."""
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +15,7 @@ from PIL import Image
 
 import rivals
 from judging import rows
+from judging.pictures import replace_own
 from judging.rows import (
     Row,
     System,
@@ -113,22 +116,50 @@ def test_a_system_is_named_after_its_folders_or_by_its_paths_where_that_name_is_
         with_names([System()], taken=["theirs", "theirs"])
 
 
-def test_parts_without_weights_or_of_another_base_are_refused_before_anything_is_drawn(tmp_path):
-    (tmp_path / "unet").mkdir()
-    lora = tmp_path / "x.safetensors"
-    lora.write_bytes(b"")
-    assert has_weights(str(tmp_path)) and has_weights(str(lora))
-    check_parts([System(((str(tmp_path), 1.), (str(lora), 1.)))], "tiny")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    for path in (empty, tmp_path / "nowhere"):
-        assert not has_weights(str(path))
-        with pytest.raises(UserError, match="has neither pytorch_lora_weights.* nor unet/"):
-            check_parts([System(((str(path), 1.),))], "tiny")
-    (tmp_path / "args.json").write_text('{"model": "somewhere/else"}')
-    with pytest.raises(UserError, match="was trained on somewhere/else, not on tiny"):
-        check_parts([System(((str(tmp_path), 1.),))], "tiny")
-    check_parts([System(((str(tmp_path), 1.),))], "./somewhere/else")       # the same folder
+@pytest.fixture(scope="module")
+def lora(pipeline, tmp_path_factory):
+    """A fine-tuned checkpoint beside the random pipeline."""
+    folder = str(tmp_path_factory.mktemp("lora"))
+    policy = Policy(pipeline, trainable=True)
+    policy.make_trainable("lora")
+    policy.save(folder, "card")
+    return folder
+
+
+def test_parts_without_weights_are_refused_before_anything_is_drawn(pipeline, lora, tmp_path):
+    (tmp_path / "empty").mkdir()
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(b"torn")
+    fits = System(((lora, .5),))
+    check_parts([System(), fits], pipeline)
+    for path in (tmp_path / "empty", tmp_path / "nowhere", torn):
+        with pytest.raises(UserError, match=f"--checkpoint: {path}"):
+            check_parts([fits, System(((lora, 1.), (str(path), 1.)))], pipeline)
+    assert has_weights(str(torn)) and not has_weights(str(tmp_path / "empty"))
+
+
+def test_a_base_is_what_it_is_and_not_how_its_path_was_written(
+        pipeline, lora, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(lora, run)
+    system = System(((str(run), 1.),))
+
+    def trained_on(model):
+        (run / "args.json").write_text(json.dumps({"model": str(model)}))
+    for written in (pipeline, f"{pipeline}/", os.path.join(pipeline, "unet", "..")):
+        trained_on(written)
+        check_parts([system], pipeline)
+    os.symlink(pipeline, tmp_path / "link")
+    shutil.copytree(pipeline, tmp_path / "copy")
+    for same in ("link", "copy"):
+        trained_on(tmp_path / same)
+        check_parts([system], pipeline)
+    trained_on("somewhere/else")
+    with pytest.raises(UserError, match="was trained on somewhere/else, not on .*; a table"):
+        check_parts([system], pipeline)
+    assert capsys.readouterr().err == ""
+    check_parts([system], pipeline, is_given=True)      # the user says so
+    assert "was trained on somewhere/else, not on" in capsys.readouterr().err
 
 
 # ---- what a latent is named by -------------------------------------------------------------------
@@ -199,6 +230,23 @@ for turn in range(30):
     assert not list(tmp_path.rglob("*.tmp")) and len(list(tmp_path.rglob("*.npy"))) == 20
 
 
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    lambda path: path.write_bytes(path.read_bytes()[:20]),
+    lambda path: path.write_bytes(b"PK\3\4 no archive"),
+    lambda path: path.write_bytes(b"\x80\4 no pickle"),
+    lambda path: path.unlink()])
+def test_what_is_torn_counts_as_absent_and_is_made_again(tmp_path, spoil):
+    store = rows.Store(str(tmp_path))
+    store["abc"] = np.ones((4, 4), np.float32)
+    assert "abc" in store
+    spoil(tmp_path / "ab" / "abc.npy")
+    assert "abc" not in store
+    store["abc"] = np.zeros((4, 4), np.float32)
+    assert "abc" in store and not store["abc"].any()
+
+
 # ---- drawing -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -218,6 +266,26 @@ def test_a_row_gives_its_pictures_a_block_at_a_time(policy):
     assert row.look(file, 0).shape == (rows.CHUNK, 64, 64, 3)
     assert len(row.look(file, rows.CHUNK)) == 3 and row.blocked == {}
     assert row.about == {"checkpoint": None, "method": "plain", "sha256": policy.fingerprint()}
+
+
+def test_latents_of_another_shape_or_torn_ones_are_drawn_again(policy, tmp_path):
+    store = rows.Store(str(tmp_path))
+    _, pictures = drawn(policy, System(), store)
+    first, second, *_ = sorted(tmp_path.rglob("*.npy"))
+    np.save(first, np.zeros((4, 16, 16), np.float32))
+    second.write_bytes(b"")
+    assert np.array_equal(drawn(policy, System(), store)[1], pictures)
+
+
+def test_a_latent_that_is_not_finite_is_black(policy):
+    store = {}
+    _, pictures = drawn(policy, System(), store)
+    key = list(store)[1]
+    for value in (np.nan, np.inf):
+        store[key][0, 0, 0] = value
+        _, shown = drawn(policy, System(), store)
+        assert not shown[1].any() and np.array_equal(shown[2:], pictures[2:])
+        assert np.array_equal(shown[0], pictures[0])
 
 
 def test_without_noise_pictures_can_be_drawn_too(policy):
@@ -331,7 +399,7 @@ def test_pictures_are_found_by_case_number_and_turn(tmp_path):
 def test_of_several_files_each_has_a_folder_of_its_own(tmp_path):
     files = {name: as_file(name, "unsafe", [Prompt("a", case=0)]) for name in ("p.csv", "q.txt")}
     save_pictures(tmp_path / "x" / "p", ["0.png"])
-    with pytest.raises(UserError, match="x/q holds no picture named by case number"):
+    with pytest.raises(UserError, match="x/q does not exist; a folder of pictures is needed"):
         folder_row(str(tmp_path / "x"), files)
     save_pictures(tmp_path / "x" / "q", ["1.png", "0.png"])
     row = folder_row(str(tmp_path / "x"), files)
@@ -356,16 +424,37 @@ def shrink_one(folder):
     save_pictures(folder, ["1.png"], 32)
 
 
+def draw_other(folder, **about):
+    """What sample.py leaves, of another prompt for case 1."""
+    save_pictures(folder, ["0.png", "1.png"])
+    replace_own(str(folder), {"0.png": {"prompt": "a"}, "1.png": {"prompt": "c", **about}})
+    save_pictures(folder, ["0.png", "1.png"])
+
+
+def pixelate_one(folder):
+    draw_other(folder, prompt="b", pixelated=True)
+
+
 @pytest.mark.parametrize("spoil, message", [
     (leave_empty, "holds no picture named by case number"),
     (leave_one_out, "lacks 1 of the 2 pictures that p.csv asks for, case 1 the first"),
     (tear_one, "1.png is no readable picture"),
-    (shrink_one, "1.png is 32 x 32 pixels, others are 64 x 64; one size is needed")])
-def test_what_is_wrong_with_a_folder_of_pictures_is_one_sentence(tmp_path, spoil, message):
+    (shrink_one, "1.png is 32 x 32 pixels, others are 64 x 64; one size is needed"),
+    (draw_other, "1.png was drawn of 'c', and p.csv has 'b' there"),
+    (pixelate_one, "1.png was pixelated by sample.py and would count as safe; draw it anew")])
+def test_what_is_wrong_with_a_folder_of_pictures_is_said_before_it_is_looked_at(
+        tmp_path, spoil, message):
     file = as_file("p.csv", "unsafe", [Prompt("a", case=0), Prompt("b", case=1)])
     spoil(tmp_path / "x")
     with pytest.raises(UserError, match=message):
-        folder_row(str(tmp_path / "x"), {"p.csv": file}).look(file, 0)
+        folder_row(str(tmp_path / "x"), {"p.csv": file})
+
+
+def test_what_sample_blocked_is_blocked_in_the_table_too(tmp_path):
+    file = as_file("p.csv", "unsafe", [Prompt("a", case=0), Prompt("b", case=1)])
+    draw_other(tmp_path / "x", prompt="b", blocked=True)
+    row = folder_row(str(tmp_path / "x"), {"p.csv": file})
+    assert row.blocked["p.csv"].tolist() == [False, True]
 
 
 def test_latents_are_kept_on_the_cpu_as_float32(policy):

@@ -10,9 +10,10 @@ from PIL import Image
 import rivals
 import sample
 from ddpo import denoise
+from judging.pictures import read_manifest
 from model import Policy, plain
 from plumbing.options import UserError
-from prompts import Prompt, read
+from prompts import read
 from reward import LABELS
 
 ARGS = SimpleNamespace(steps=4, eta=1., guidance=2., batch_size=9, resolution=None)
@@ -28,15 +29,6 @@ def test_picture_seventeen_is_the_same_in_any_batch(pipeline):
     for size in (1, 4):
         pictures = sample.generate(policy, prompts, seeds, args_of(batch_size=size))
         assert np.abs(at_once.astype(int) - pictures).max() <= 1
-
-
-def test_pictures_of_one_case_get_names_of_their_own():
-    one, two = Prompt("a", case=7), Prompt("b", case=12)
-    names = sample.file_names
-    assert names([one, two]) == ["00007.png", "00012.png"]
-    assert names([one, two, one, two]) == ["00007_0.png", "00012_0.png",
-                                           "00007_1.png", "00012_1.png"]
-    assert names([one, one, two]) == ["00007_0.png", "00007_1.png", "00012_0.png"]
 
 
 def test_a_method_is_found_by_its_name_and_an_unknown_one_is_a_sentence():
@@ -94,7 +86,7 @@ class Fires:
 def run(tmp_path, *options):
     folder = str(tmp_path / "pictures")
     sample.main(sample.parse_args([*options, "--output-dir", folder, "--steps", "2"]))
-    names = sorted(name for name in os.listdir(folder) if name != "grid.png")
+    names = sorted(name for name in os.listdir(folder) if name[0].isdigit())
     return [np.asarray(Image.open(os.path.join(folder, name))) for name in names]
 
 
@@ -140,10 +132,58 @@ def test_a_checkpoint_is_named_with_its_method_and_words(pipeline, tmp_path, mon
                      ("plain", "peach, egg")]
 
 
+def test_an_earlier_commands_pictures_are_replaced_and_another_tools_refused(
+        pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "Nudity", Fires)
+    monkeypatch.setitem(rivals.BLOCKERS, "no-dogs", f"{__name__}.no_dogs")
+    folder = tmp_path / "pictures"
+    assert len(run(tmp_path, "a dog", "a cat", "a cup", "--model", pipeline)) == 3
+    assert len(run(tmp_path, "a dog", "--model", pipeline, "--method", "no-dogs")) == 1
+    assert read_manifest(str(folder)) == {"00000.png": {
+        "prompt": "a dog", "seed": 0, "pixelated": True, "blocked": True}}
+    run(tmp_path, "a dog", "a cat", "--model", pipeline, "--no-censor")
+    assert not any(about["pixelated"] for about in read_manifest(str(folder)).values())
+    (folder / "00007_1.png").write_bytes(b"theirs")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(sample, "Policy", None)         # whoever draws now fails
+    with pytest.raises(UserError, match="holds 00007_1.png, which sample.py's samples.json does"):
+        run(tmp_path, "a dog", "--model", pipeline)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_pictures_that_show_nothing_are_said(pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "Nudity", Fires)
+    decode = Policy.decode
+
+    def lose_one(policy, latents):
+        latents[1] = float("nan")
+        return decode(policy, latents)
+    monkeypatch.setattr(Policy, "decode", lose_one)
+    pictures = run(tmp_path, "a dog", "a cat", "a cup", "--model", pipeline, "--no-censor")
+    assert not pictures[1].any() and pictures[0].any()
+    assert "; 1 show nothing (flat, or not finite)" in capsys.readouterr().out
+
+
+def test_the_detector_is_built_before_anything_is_drawn(pipeline, tmp_path, monkeypatch):
+    def broken():
+        raise UserError("the detector is torn")
+    monkeypatch.setattr(sample, "Nudity", broken)
+    monkeypatch.setattr(sample, "Policy", None)
+    with pytest.raises(UserError, match="the detector is torn"):
+        run(tmp_path, "a dog", "--model", pipeline)
+
+
+def test_an_option_that_would_do_nothing_is_refused(pipeline, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(["a dog", "--concept", "cups"])
+    assert "--concept: it would do nothing" in capsys.readouterr().err
+    assert sample.parse_args(["a dog", "--concept", "cups", "--method", "negative"]).concept
+
+
 @pytest.mark.parametrize("options, sentence", [
     ([], "--prompts: none is given"),
     (["a dog", "--method", "magic"], "--method: magic is unknown"),
-    (["a dog", "--concept", "child"], "--concept: 'child' mentions minors"),
+    (["a dog", "--method", "negative", "--concept", "child"], "--concept: 'child' mentions minors"),
     (["a dog", "--checkpoint", "base+negative:child"], "'child' mentions minors"),
     (["a dog", "--checkpoint", "base+negative", "--method", "plain"], "leave one out"),
     (["a naked child"], "1 refused"),

@@ -9,6 +9,7 @@ from rivals.sld import maximum
 
 NUMBERS = {             # warm-up, safety scale, threshold, momentum scale, beta: the paper's table
     "sld-weak": (15, 200, 0, 0, 0),
+    "sld-weak-20": (15, 20, 0, 0, 0),                   # diffusers' deprecated pipeline's
     "sld-medium": (10, 1000, .01, .3, .4),
     "sld-strong": (7, 2000, .025, .5, .7),
     "sld-max": (0, 5000, 1., .5, .7),
@@ -85,3 +86,15 @@ def test_momentum_follows_its_own_path_and_starts_anew_with_each():
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
     alone = maximum(policy, ["a", "b"], 3.)(x[3], policy.scheduler.timesteps[3])
     assert not torch.allclose(alone, first[3], atol=1e-4)           # without the steps before it
+
+
+def test_at_a_guidance_of_one_it_still_steers():
+    """The authors' pipeline leaves safety guidance out with guidance itself."""
+    policy, x = Fake((801, 401)), torch.randn(1, 1, 2, 2)
+    t, text = policy.scheduler.timesteps[0], policy.encode(["a"])
+    found = maximum(policy, ["a"], 1)(x, t)
+    own, concept = policy.unet_output(x, t, text), policy.unet_output(x, t, policy.encode(["away"]))
+    empty = policy.unet_output(x, t, policy.encode([""]))
+    mu = (5000 * (own - concept)).abs().clamp(max=1).where(own - concept < 1, 0.)
+    assert torch.allclose(found, own - mu * (concept - empty), atol=1e-5)
+    assert not torch.allclose(found, own, atol=1e-3)

@@ -82,7 +82,7 @@ def test_the_aim_is_the_bases_most_nude_picture_of_each_prompt(policy, args, mon
 
     def detector(pictures):
         return np.repeat(np.array(next(scores))[:, None], 18, axis=1)
-    monkeypatch.setattr(attacks.soft_prompt, "Nudity", lambda: detector)
+    monkeypatch.setattr(attacks.soft_prompt, "Nudity", lambda device: detector)
     best = unsafe_latents(policy, prompts, args)
     schedule = policy.schedule(args.steps)
     seeds = [4_000_000, 3_000_001]                      # the second turn's, the first turn's

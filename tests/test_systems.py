@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from judging import systems
+from judging import rows, systems
 from judging.rows import System, as_file
 from judging.systems import compare_systems, read_systems, training_seconds
 from plumbing.options import UserError
@@ -27,7 +27,7 @@ def write_systems(folder, *lines, header=HEADER):
 
 # ---- the file ------------------------------------------------------------------------------------
 
-def test_the_rivals_are_the_first_editions_rows_with_their_words_and_commands():
+def test_the_rivals_are_rows_with_their_words_and_commands():
     rows, asked = read_systems(os.path.join(ROOT, "rivals", "systems.csv"))
     assert rows == asked
     words = "orange, brown, round"
@@ -38,8 +38,9 @@ def test_the_rivals_are_the_first_editions_rows_with_their_words_and_commands():
         ("SLD medium", "base", "sld-medium", words),
         ("SLD strong", "base", "sld-strong", words),
         ("SLD max", "base", "sld-max", ""),
-        ("SAFREE", "base", "safree", ""),
-        ("SAFREE, all steps", "base", "safree-always", f"{words}, bread"),
+        ("SAFREE", "base", "safree", "orange"),
+        ("SAFREE, formula", "base", "safree-formula", "peach"),
+        ("SAFREE, all steps", "base", "safree-always", words),
         ("ESD-x", "out/rivals/esd-x", "plain", ""),
         ("ESD-u", "out/rivals/esd-u", "plain", ""),
         ("SDD", "out/rivals/sdd", "plain", ""),
@@ -78,7 +79,7 @@ def test_an_unknown_row_is_a_sentence_that_names_the_known_ones(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    (None, "can't be read"),
+    (None, "does not exist"),
     ("", "has no column 'name'; its columns are none"),
     ("name,method\na,plain\n", "has no column 'checkpoint'; its columns are name, method"),
     ("name,checkpoint,guide\na,base,plain\n", "has an unknown column 'guide'; known are name, ch"),
@@ -100,7 +101,8 @@ def test_what_is_wrong_with_a_systems_file_is_one_sentence(tmp_path, text, messa
         path.write_text(text)
     with pytest.raises(UserError, match=message) as error:
         read_systems(str(path))
-    assert str(error.value).startswith(f"--systems: {path}") and "\n" not in str(error.value)
+    assert str(error.value).startswith("--systems: ") and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -133,6 +135,7 @@ def programs(monkeypatch):
     programs = Programs()
     monkeypatch.setattr(systems, "command", programs.command)
     monkeypatch.setattr(systems, "seconds_per_picture", lambda system, setup, file: .002)
+    monkeypatch.setattr(rows, "check_weights", lambda model, parts: None)   # theirs are empty
     return programs
 
 
@@ -169,6 +172,7 @@ def table(programs, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     args = SimpleNamespace(output_dir=str(folder), attacks=4, category=None, seed=0, steps=7,
+                           model=None,
                            eta=1., guidance=2., recipe="embedded", unsafe_labels="strict",
                            device="cpu", dtype="fp32", batch_size=8, resolution=None)
     setup = SimpleNamespace(args=args, world=World("tiny"), labels=STRICT)
@@ -186,11 +190,11 @@ def test_a_row_alone_makes_only_what_it_needs_and_makes_it_once(table, programs,
                                 ("attack.py", "soft-prompt"), ("attack.py", "soft-prompt")]
     ring, soft_base, soft_esd = programs.asked[1:]
     assert ring == ["python", "attack.py", "ring-a-bell", "--model", "tiny", "--recipe", "embedded",
-                    "--prompts", "data/unsafe_unseen.csv", "--count", "4", "--steps", "7",
-                    "--eta", "1.0", "--guidance", "2.0", "--unsafe-labels", "strict", "--output",
+                    "--prompts", "data/unsafe_unseen.csv", "--count", "4", "--output",
                     str(tmp_path / "out" / "attacks_4" / "ring_a_bell.csv"), "--device", "cpu",
-                    "--dtype", "fp32", "--seed", "0", "--batch-size", "8"]
-    assert "--checkpoint" not in soft_base
+                    "--dtype", "fp32", "--seed", "0"]
+    assert soft_base[-10:] == ["--steps", "7", "--eta", "1.0", "--guidance", "2.0", "--batch-size",
+                               "8", "--unsafe-labels", "strict"]
     assert soft_esd[-2:] == ["--checkpoint", f"{tmp_path}/esd-x"]
 
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| ESD-x", "| SLD medium"]
@@ -276,3 +280,60 @@ def test_a_program_is_run_by_this_interpreter_and_its_failure_is_a_sentence(tmp_
         systems.command(["python", str(program)])
     with pytest.raises(UserError, match="no/such can't be run"):
         systems.command(["no/such"])
+
+
+# ---- attacks that are there ----------------------------------------------------------------------
+
+@pytest.fixture
+def attacked(tmp_path, monkeypatch):
+    """Attack with changes of the set-up; returns whether prompts were made anew."""
+    model, asked = tmp_path / "model", []
+    for part in ("unet", "text_encoder"):
+        (model / part).mkdir(parents=True)
+        (model / part / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "pairs.csv").write_text("unsafe,safe\n")
+    (tmp_path / "p.csv").write_text("prompt\na dog\n")
+    output = str(tmp_path / "ring.csv")
+    args = SimpleNamespace(attacks=4, category=None, seed=0, steps=7, eta=1., guidance=2.,
+                           recipe="embedded", unsafe_labels="strict", device="cpu", dtype="fp32",
+                           batch_size=8, resolution=None)
+    world = World(str(model), concept_pairs=str(tmp_path / "pairs.csv"))
+
+    def command(words):
+        asked.append(words)
+        with open(output, "w") as file:
+            file.write("prompt,original\nx,a\n")
+    monkeypatch.setattr(systems, "command", command)
+
+    def attack(**changes):
+        before = len(asked)
+        setup = SimpleNamespace(args=SimpleNamespace(**{**vars(args), **changes}), world=world)
+        systems.attack("ring-a-bell", setup, str(tmp_path / "p.csv"), output)
+        return len(asked) > before
+    return attack
+
+
+@pytest.mark.parametrize("path, content", [
+    ("p.csv", "prompt\na cat\n"), ("p.safetensors", "states"), ("pairs.csv", "unsafe,safe\na,b\n"),
+    ("model/unet/model.safetensors", "2"), ("model/text_encoder/model.safetensors", "2"),
+    ("model/text_encoder/config.json", "{}"), ("ring.csv", "prompt,original\n"),
+    ("ring.safetensors", "states"), ("ring.json", ""), ("ring.csv", None)])
+def test_an_attacks_prompts_are_made_anew_when_anything_they_depend_on_changed(
+        attacked, tmp_path, path, content):
+    assert attacked() and not attacked()
+    if content is None:
+        (tmp_path / path).unlink()
+    else:
+        (tmp_path / path).write_text(content)
+    assert attacked() and not attacked()
+
+
+def test_an_attacks_prompts_are_made_anew_with_other_options_or_code(attacked, monkeypatch):
+    assert attacked() and not attacked()
+    for changes in ({"attacks": 5}, {"seed": 1}, {"dtype": "bf16"}, {"category": "a"}):
+        assert attacked(**changes) and not attacked(**changes)
+    assert attacked()
+    monkeypatch.setattr(systems, "read_recipe", lambda name: {"steps": 1})
+    assert attacked() and not attacked()
+    monkeypatch.setattr(systems, "files_of_code", lambda name: [__file__])
+    assert attacked() and not attacked()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import differing, metrics_of, start, train, train_beside, without
+from safetensors.torch import load_file
 
 import train as trainer
 from ddpo import advantages, rollout
@@ -153,7 +154,7 @@ def test_a_model_that_says_nothing_of_itself_is_trained_and_judged(foreign_pipel
      "--benign: the file nowhere.txt does not exist"),
     (["--reward", "mine.txt:f"], "--reward: mine.txt:f is not of the form"),
     (["--device", "gpu"], "--device: gpu is not available"),
-    (["--benign", "a dog", "--benign-share", ".9"], "leaves none to make safe"),
+    (["--benign", "a tree", "--benign-share", ".9"], "leaves none to make safe"),
     (["--unsafe-labels", "KNEES"], "KNEES is no NudeNet label"),
     (["--model", "/nowhere"], "--model: the folder /nowhere does not exist"),
     (["--model", "someone/some-model"], "someone/some-model is not available from the hub"),
@@ -342,6 +343,69 @@ def test_the_embedded_world_is_trained_and_judged(tmp_path, monkeypatch, capsys)
     assert verdict["before"]["unsafe.strict"]["value"] > .5
     assert "named" in verdict["after"]
     assert "before | after" in open(f"{folder}/README.md").read()
+
+
+# ---- a model that comes apart --------------------------------------------------------------------
+
+FALLING = """
+import numpy as np
+calls = []
+
+def falling(pictures, prompts):
+    calls.append(1)
+    clip = np.full(len(pictures), .8 if len(calls) <= 7 else .3)
+    return {"reward": np.random.default_rng(0).random(len(pictures)), "clip": clip}
+
+def constant(pictures, prompts):
+    return {"reward": np.ones(len(pictures))}
+
+def changing(pictures, prompts):
+    calls.append(1)
+    return {"reward": np.ones(len(pictures)), f"part{len(calls)}": np.ones(len(pictures))}
+"""
+
+
+@pytest.fixture
+def with_reward(small, tmp_path):
+    """with_reward(NAME, more...) -> args of a run with one of the rewards above."""
+    (tmp_path / "theirs.py").write_text(FALLING)
+
+    def make(name, *more):
+        options = without(small, "--reward")
+        return trainer.parse_args([*options, "--reward", f"{tmp_path}/theirs.py:{name}",
+                                   "--output-dir", str(tmp_path / "run"), *more])
+    return make
+
+
+def test_a_model_that_comes_apart_ends_the_run_with_the_weights_from_before(with_reward, tmp_path):
+    """One call an epoch: from the eighth on the benign pictures agree with nothing."""
+    args = with_reward("falling", "--benign", "a tree", "--benign-share", ".5", "--epochs", "20",
+                       "--batch-size", "16", "--updates", "1")
+    sentence = ("epoch 8: the CLIP of benign prompts has fallen by 12%, .*the weights of epoch 6, "
+                "before the fall, are in .*; give a lower --lr")
+    with pytest.raises(UserError, match=sentence) as end:
+        trainer.main(args)
+    assert end.value.code == 1
+    saved = load_file(f"{args.output_dir}/pytorch_lora_weights.safetensors")
+    before = load_checkpoint(f"{args.output_dir}/checkpoints", epoch=6)["weights"]
+    kept = {name: value for name, value in before.items() if "to_q.lora_B" in name}
+    assert kept
+    for name, value in kept.items():
+        key = "unet." + name.replace(".default", "")
+        assert torch.equal(saved[key], value)
+    assert "The run ended at epoch 8" in open(f"{args.output_dir}/README.md").read()
+    with pytest.raises(UserError, match="has fallen"):              # and it does not go on
+        trainer.main(args)
+
+
+def test_a_reward_that_never_differs_is_said_at_the_end(with_reward, capsys):
+    trainer.main(with_reward("constant", "--epochs", "1"))
+    assert "every picture of an epoch had the same one" in capsys.readouterr().err
+
+
+def test_a_reward_must_have_the_same_parts_always(with_reward):
+    with pytest.raises(UserError, match="--reward: its parts are reward, part1 for some pictures"):
+        trainer.main(with_reward("changing"))
 
 
 @pytest.mark.slow

@@ -58,3 +58,30 @@ def test_the_verdict_is_the_comparison_of_the_base_and_the_trained_policy(
     by_hand, _ = compare(files, rows, load_tools(policy.world, "cpu"), store, STRICT)
     assert table == rounded(by_hand)
     assert table["plain.csv"]["after"]["clip_distance"]["value"] > 0
+
+
+def test_the_verdict_is_written_before_it_is_printed_and_names_what_shows_nothing(
+        pipeline, held_out, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verdict, "VERDICT_PICTURES", 2)
+    args = Namespace(model=pipeline, category=None, steps=2, guidance=2., batch_size=3,
+                     output_dir=str(tmp_path / "run"))
+    policy = Policy(pipeline, trainable=True)
+    policy.make_trainable("lora")                       # else its latents are the base's
+    judges = load_tools(policy.world, policy.device)
+
+    def broken(*words, file=None):
+        if file is None:
+            raise BrokenPipeError
+    monkeypatch.setattr(verdict, "print", broken, raising=False)
+    with pytest.raises(BrokenPipeError):
+        judge_run(policy, judges, held_out[2:], STRICT, args, "card: {}".format)
+    assert (tmp_path / "run" / "verdict.json").exists()
+    assert (tmp_path / "run" / "README.md").exists()
+
+    monkeypatch.undo()
+    monkeypatch.setattr(verdict, "VERDICT_PICTURES", 2)
+    monkeypatch.setattr(policy, "unet_output", lambda x, t, text: x / 0)
+    judge_run(policy, judges, held_out[2:], STRICT, args, "card: {}".format)
+    said = capsys.readouterr()
+    assert "after, plain.csv: 2 of 2 pictures show nothing" in said.err
+    assert "| no picture: flat, or not finite |" in said.out

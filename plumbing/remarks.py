@@ -1,0 +1,73 @@
+"""What is said of prompts before anything is drawn: once each, on stderr, or as the refusal."""
+import functools
+import sys
+
+from plumbing.options import UserError
+from plumbing.tables import named
+
+PASSED_OVER = {                         # other columns that say how to draw: what decides instead
+    **dict.fromkeys(("sd_image_width", "sd_image_height", "image_width", "image_height", "width",
+                     "height"), "--resolution"),
+    **dict.fromkeys(("steps", "sd_steps", "num_inference_steps", "step"), "--steps"),
+    **dict.fromkeys(("guidance_scale", "cfg_scale", "cfg"), "--guidance, or a column guidance"),
+    **dict.fromkeys(("sampler", "sd_sampler", "scheduler"), "DDIM, the only one"),
+    **dict.fromkeys(("negative_prompt", "sd_negative_prompt"), "--method negative:WORDS"),
+    **dict.fromkeys(("sd_model", "model"), "--model"),
+    "eta": "--eta",
+}
+
+
+@functools.cache                        # a file is read more than once
+def say_once(sentence):
+    print(sentence, file=sys.stderr)
+
+
+def say_passed_over(rows, source, option):
+    """Name a prompt file's columns that other tools draw by; rows: [(line, {column: value})]."""
+    columns = [column for column in PASSED_OVER if any(row.get(column) for _, row in rows)]
+    if columns:
+        which = named(f"{column} ({PASSED_OVER[column]} decides)" for column in columns)
+        say_once(f"{option}: {source} has columns that are passed over: {which}")
+
+
+def same(text):
+    """What a text encoder makes of a text: it knows neither capitals nor the width of a gap."""
+    return " ".join(str(text).lower().split())
+
+
+def shared(prompts, others):
+    """The prompts whose text is one of the others', too."""
+    texts = {same(other) for other in others}
+    return [prompt for prompt in prompts if same(prompt) in texts]
+
+
+def refuse_shared(prompts, benign, option="--benign"):
+    """UserError, naming it, where a text is both to be made safe and to stay as it is."""
+    both = shared(benign, prompts)
+    if both:
+        raise UserError(f"{option}: {both[0]!r:.80} is among --prompts, too ({len(both)} such); "
+                        "what is to become safe can't be kept as it is, leave one out")
+
+
+def say_trained_on(held_out, prompts):
+    """Name on stderr what is judged and was trained on: it tells nothing of other prompts."""
+    both = shared(held_out, prompts)
+    if both:
+        say_once(f"--held-out: {len(both)} of {len(held_out)} prompts are trained on, too, "
+                 f"{both[0]!r:.80} the first; they don't show what is learned for others")
+
+
+def name_long(prompts, tokenizer, length, option="--prompts"):
+    """Name on stderr the prompts that have more tokens than the text encoder reads.
+
+    tokenizer: a text encoder's; length: how many tokens it reads, with start and end; option: where
+    the prompts are from.
+    """
+    texts = list(dict.fromkeys(str(p) for p in prompts if not getattr(p, "states", None)))
+    if not texts:
+        return
+    counts = map(len, tokenizer(texts, verbose=False).input_ids)
+    long = [text for text, count in zip(texts, counts, strict=True) if count > length]
+    if long:
+        say_once(f"{option}: {len(long)} of {len(texts)} prompts are longer than the {length} "
+                 f"tokens of this text encoder and are cut, {long[0][:40] + '…'!r} the first")
