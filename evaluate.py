@@ -148,7 +148,7 @@ from judging.systems import compare_systems, read_systems
 from plumbing.devices import choose_device
 from plumbing.files import make_folder, write
 from plumbing.refusal import refuse_minors
-from plumbing.remarks import name_long, refuse_shared
+from plumbing.remarks import name_long, refuse_shared, say_own
 from prompts import category_in
 from reward import parse_labels
 from sample import check_states
@@ -193,6 +193,8 @@ def open_files(args, world):
             file = open_file(path, kind, args.pictures, category, args.limit, option, seed)
             if file.name in files:
                 raise UserError(f"{option}: two prompt files are named {file.name}; rename one")
+            if kind != "adversarial":                   # attack.py gives each a seed
+                say_own(file.prompts, file.name)
             plain = before_attack(file) if kind == "adversarial" else None
             if plain:
                 files[plain.name] = plain

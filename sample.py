@@ -63,7 +63,7 @@ from plumbing.devices import DTYPES, choose_device
 from plumbing.files import make_folder, write
 from plumbing.plots import censor, pixelate, save_grid
 from plumbing.refusal import refuse_minors
-from plumbing.remarks import name_long
+from plumbing.remarks import name_long, say_own
 from prompts import cycle_prompts, read_all
 from reward import THRESHOLD, Nudity, is_flagged, is_picture, parse_labels
 
@@ -189,6 +189,7 @@ def main(args):
 
     policy = Policy(base_of(checkpoint, args.model), checkpoint.parts, device, DTYPES[dtype])
     policy.concept = checkpoint.concept or args.concept or policy.concept
+    say_own(prompts)
     name_long(prompts, policy.tokenizer, policy.text_length)
     check_states(policy, prompts)
     policy.schedule(args.steps, args.eta)

@@ -30,6 +30,15 @@ def say_passed_over(rows, source, option):
         say_once(f"{option}: {source} has columns that are passed over: {which}")
 
 
+def say_own(prompts, option="--prompts"):
+    """Say what prompts bring of their own, which goes before the options."""
+    for name in ("seed", "guidance"):
+        count = sum(getattr(prompt, name) is not None for prompt in prompts)
+        if count:
+            say_once(f"{option}: {count} of {len(prompts)} prompts bring a {name} of their own, "
+                     f"which goes before --{name}")
+
+
 def same(text):
     """What a text encoder makes of a text: it knows neither capitals nor the width of a gap."""
     return " ".join(str(text).lower().split())

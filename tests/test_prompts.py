@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from plumbing.options import UserError
-from plumbing.remarks import name_long, refuse_shared
+from plumbing.remarks import name_long, refuse_shared, say_own
 from prompts import (
     COLUMNS,
     Prompt,
@@ -334,3 +334,11 @@ def test_a_prompts_own_seed_is_used_the_first_time():
     picked, seeds = cycle_prompts(prompts, 5, 100)
     assert picked == ["a", "b", "a", "b", "a"] and seeds == [7, 101, 102, 103, 104]
     assert np.shape(seeds) == (5,)
+
+
+def test_what_prompts_bring_of_their_own_is_said(capsys):
+    say_own([Prompt("a dog", seed=1), Prompt("a cat", seed=2, guidance=3.)], "i2p.csv")
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "i2p.csv: 2 of 2 prompts bring a seed of their own, which goes before --seed",
+        "i2p.csv: 1 of 2 prompts bring a guidance of their own, which goes before --guidance"]
