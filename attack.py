@@ -15,9 +15,9 @@ import os
 
 import rivals
 from attacks import ATTACKS
-from plumbing.checkpoints import base_of, choose_settings, parse_checkpoint
 from plumbing.idle import refuse_idle
 from plumbing.kinds import at_least, number, positive
+from plumbing.names import base_of, choose_settings, parse_checkpoint
 from plumbing.options import Parser, UserError, add_options, run
 from plumbing.worlds import parse_with_recipe, read_world, recipe_of
 
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     args.output = args.output or os.path.join("out", f"{args.attack}.csv")
     uses = {name: set(rivals.find(ATTACKS, name, "attack").uses) for name in ATTACKS}
     unused = set.union(*uses.values()) - uses[args.attack]
-    return p.checked(refuse_idle, "attack", args, p.given(argv), unused, args.attack)
+    return refuse_idle(p, argv, "attack", args, unused, args.attack)
 
 
 if __name__ == "__main__":
@@ -91,11 +91,13 @@ from safetensors.torch import save
 from attacks.pairs import read_pairs
 from model import Policy
 from plumbing.devices import choose_device
-from plumbing.files import make_folder, write
+from plumbing.files import check_places, make_folder, write
 from plumbing.refusal import refuse_minors
-from plumbing.remarks import name_long
+from plumbing.tables import csv_rows, read_text
+from plumbing.weights import check_weights
 from prompts import Prompt, cycle_prompts, read, read_all
 from reward import parse_labels
+from sample import check_texts
 
 
 def main(args):
@@ -114,11 +116,12 @@ def main(args):
                             "names any; give a CSV with the columns unsafe and safe")
         args.pairs = read_pairs(args.pairs)
     parse_labels(args.unsafe_labels)                    # a mistake is better found now
-    make_folder(os.path.dirname(args.output) or ".", "--output")
+    check_output(args)
+    check_weights(args.model, checkpoint.parts)
     device, _, _ = choose_device(args.device, args.dtype)
 
     policy = Policy(args.model, (), device, torch.float32)
-    name_long(prompts, policy.tokenizer, policy.text_length)
+    check_texts(policy, prompts)
     room = policy.text_length - 3                       # start, end, and a word of the prompt's
     if args.tokens and args.tokens > room:
         raise UserError(f"--tokens: {args.tokens} is given; this model's texts leave room for "
@@ -129,6 +132,17 @@ def main(args):
                         "may be written")
     save_prompts(args.output, made)
     print(f"{len(made)} adversarial prompts in {args.output}")
+
+
+def check_output(args):
+    """UserError where --output can't be written or would replace what no attack wrote."""
+    folder, name = os.path.split(args.output)
+    make_folder(folder or ".", "--output")
+    check_places(folder, [name, f"{name.removesuffix('.csv')}.safetensors"], option="--output")
+    if os.path.exists(args.output):
+        header, _ = csv_rows(read_text(args.output, "--output"), f"--output: {args.output}")
+        if "original" not in header:
+            raise UserError(f"--output: {args.output} is there and no attack's; give another name")
 
 
 def read_prompts(args, world):
@@ -167,6 +181,9 @@ def save_prompts(path, made):
         row = [i, one.text, str(p), p.safe_text, p.category, p.seed, p.guidance]
         table.writerow([*row, i] if has_states else row)
     if has_states:
+        if not all(one.states.isfinite().all() for one in made):
+            raise UserError("--strength, --lr: the text states that were made are not finite; "
+                            "give less")
         states = {str(i): one.states.contiguous().cpu() for i, one in enumerate(made)}
         write(os.path.splitext(path)[0] + ".safetensors", save(states), "--output")
     write(path, text.getvalue(), "--output")

@@ -20,6 +20,9 @@ from plumbing.kinds import at_least
 from plumbing.options import Parser, UserError, run
 
 PROMPT = "a large peach on a blue background"
+SAME = ["--reward", f"{__file__}:redness", "--prompts", PROMPT,
+        "--groups", "1", "--updates", "1", "--rank", "4", "--lora-targets", "attention",
+        "--timestep-fraction", "1", "--benign-share", "0", "--benign-weight", "0"]
 
 
 def parse_args(argv=None):
@@ -41,6 +44,15 @@ def parse_args(argv=None):
         p.error(f"--to-target: {args.train_options[0]} is given too; a run has its own options")
     if args.to_target and (args.against or args.gpu_report):
         p.error("--to-target: it looks at runs alone; leave --against and --gpu-report out")
+    fixed = {"--epochs", "--save-every", "--output-dir", "--held-out", "--checkpoints-total-limit"}
+    if args.against:
+        fixed |= {"--group-size", *SAME[::2]}
+    if args.gpu_report:
+        fixed |= {"--model", "--group-size", "--batch-size", "--compile",
+                  "--gradient-checkpointing"}
+    for word in args.train_options:
+        if word.partition("=")[0] in fixed:
+            p.error(f"{word.partition('=')[0]}: what is timed sets it; leave it out")
     return args
 
 
@@ -115,7 +127,7 @@ from model import Policy, plain
 from plumbing.cards import learned_steps
 from plumbing.checkpoints import read_args, restore
 from plumbing.devices import DTYPES, InlineExecutor, choose_device, scoring_thread
-from plumbing.files import make_folder
+from plumbing.files import check_places, make_folder
 from plumbing.worlds import DEFAULT_MODEL, locate, read_world
 from prompts import category_in
 from reward import THRESHOLD, ClipScore, Nudity, parse_labels, worst_label
@@ -322,10 +334,6 @@ def stage_row(name, seconds, flops, rate):
 
 # ---- TRL -----------------------------------------------------------------------------------------
 
-SAME = ["--reward", f"{os.path.abspath(__file__)}:redness", "--prompts", PROMPT,
-        "--groups", "1", "--updates", "1", "--rank", "4", "--lora-targets", "attention",
-        "--timestep-fraction", "1", "--benign-share", "0", "--benign-weight", "0"]
-
 
 def against(python, options, repeats):
     """Our epoch and TRL's in turn, as Markdown.
@@ -405,7 +413,7 @@ def time_to_target(folder, repeats):
     policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)
     trained = policy.make_trainable("lora", args.rank, args.lora_targets)
     nudity, labels = Nudity(device=device), parse_labels(args.unsafe_labels)
-    clip = ClipScore(policy.world.clip, device)
+    clip = ClipScore(policy.world.clip, device, policy.world.clip_option)
 
     def unsafe_share():
         pictures = generate(policy, unsafe_file.prompts, unsafe_file.seeds, args)
@@ -535,7 +543,9 @@ def gpu_report(python, options, repeats):
 # ---- the command ---------------------------------------------------------------------------------
 
 def main(args):
-    make_folder(os.path.dirname(args.output) or ".", "--output")
+    folder, name = os.path.split(args.output)
+    make_folder(folder or ".", "--output")
+    check_places(folder, [name], option="--output")
     options, lines = args.train_options, []
     if args.gpu_report:
         lines = gpu_report(args.against, options, args.repeats)

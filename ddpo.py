@@ -36,19 +36,11 @@ def ddim_schedule(alphas_cumprod, timesteps, eta):
     alphas_cumprod: (1000,) float; timesteps: (T,) int, falling, from the scheduler's own list, so
     that any spacing works; eta in 0..1: 1 is DDPM's noise, 0 is deterministic (sigma 0: pictures
     can be drawn, but have no log-probability). The last step ends at alpha-bar[0], and so keeps
-    sigma > 0 where eta is. Raises ValueError where a step should have noise and has none, and where
-    the first step lies far below the noise that a picture starts from: spacings are rounded down,
-    so that 600 steps of 1000 timesteps would start at the 600th.
+    sigma > 0 where eta is. Raises ValueError where a step should have noise and has none.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; 0 to 1 is allowed")
     t = torch.as_tensor(timesteps, dtype=torch.int64)
-    count, first = len(alphas_cumprod), int(t[0])
-    left_out = 1 - (first + count / max(2, len(t))) / count
-    if left_out > .1:
-        divisors = [n for n in range(2, count) if count % n == 0]
-        near = min(divisors, key=lambda n: abs(n - len(t)))
-        raise ValueError(f"they would start at timestep {first} of {count}; give {near}")
     a = alphas_cumprod.double()
     a_t = a[t]
     a_prev = torch.cat([a[t[1:]], a[:1]])

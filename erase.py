@@ -13,7 +13,6 @@ it was cut off, to the same result.
 """
 import os
 import re
-from functools import partial
 
 import rivals
 from plumbing import checkpoints
@@ -85,8 +84,8 @@ def parse_args(argv=None):
     args.output_dir = args.output_dir or os.path.join("out", args.edit)
     edit = rivals.find(rivals.EDITS, args.edit, "edit")
     unused = SOME_EDITS_USE - set(edit.uses)
-    check = partial(refuse_idle, needs_pictures=bool(edit.prepare))
-    return p.checked(check, "erase", args, p.given(argv), unused, args.edit)
+    return refuse_idle(p, argv, "erase", args, unused, args.edit,
+                       needs_pictures=bool(edit.prepare))
 
 
 if __name__ == "__main__":
@@ -194,12 +193,12 @@ def main(args):
     for name, tensor in extra.items():
         job.trained[name] = tensor.requires_grad_()
         job.start[name] = tensor.detach().clone()
-    if edit.has_teacher:
-        job.teacher = checkpoints.copy_of(job.trained)
+    if edit.keeps_average:
+        job.average = checkpoints.copy_of(job.trained)
 
     metrics = learn(edit, job, prompts)
 
-    final = job.teacher or checkpoints.copy_of(job.trained)
+    final = job.average or checkpoints.copy_of(job.trained)
     if extra:
         kept = {name: final[name].cpu().contiguous() for name in extra}
         write(os.path.join(args.output_dir, "extra.safetensors"), save(kept))
@@ -214,14 +213,14 @@ def learn(edit, job, prompts):
 
     Returns the run's metrics, a list of {"iteration", "loss" (a mean), "lr"}.
     """
-    args, trained, teacher = job.args, job.trained, job.teacher or {}
+    args, trained, average = job.args, job.trained, job.average or {}
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.)
     folder = os.path.join(args.output_dir, "checkpoints")
     done, metrics, losses = 0, [], []
     state = checkpoints.load_checkpoint(folder)
     if state:
         checkpoints.restore(trained, state["weights"])
-        checkpoints.restore(teacher, state["teacher"])
+        checkpoints.restore(average, state["average"])
         optimizer.load_state_dict(state["optimizer"])
         done, metrics = state["epoch"], state["metrics"]
         checkpoints.write_metrics(args.output_dir, metrics)     # forget what came afterwards
@@ -241,8 +240,8 @@ def learn(edit, job, prompts):
         optimizer.step()
         optimizer.zero_grad()
         decay = min(args.ema, ramp(i)) if edit.ramps else args.ema
-        for name, average in teacher.items():
-            average.lerp_(trained[name].detach(), 1 - decay)
+        for name, mean in average.items():
+            mean.lerp_(trained[name].detach(), 1 - decay)
         losses.append(loss.item())
         bar.set_postfix(loss=f"{loss.item():.4f}")
         if (i + 1) % args.save_every == 0 or i + 1 == args.iterations:
@@ -253,7 +252,7 @@ def learn(edit, job, prompts):
                 "epoch": i + 1,                         # as in the file's name
                 "metrics": metrics,
                 "weights": checkpoints.copy_of(trained),
-                "teacher": teacher,
+                "average": average,
                 "optimizer": optimizer.state_dict(),
             })
     return metrics

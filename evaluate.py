@@ -19,15 +19,9 @@ import time
 from functools import partial
 
 import rivals
-from plumbing.checkpoints import (
-    Checkpoint,
-    base_of,
-    choose_settings,
-    newest_run,
-    parse_checkpoint,
-)
 from plumbing.idle import refuse_idle
 from plumbing.kinds import at_least
+from plumbing.names import Checkpoint, base_of, choose_settings, newest_run, parse_checkpoint
 from plumbing.options import Parser, UserError, add_options, run
 from plumbing.worlds import DEFAULT_MODEL, parse_with_recipe, read_world
 
@@ -94,8 +88,7 @@ def parse_args(argv=None):
     args = parse_with_recipe(p, argv, choose)
     args.checkpoint = checkpoints_of(args)
     args.output_dir = args.output_dir or ("out/systems" if args.systems else "out/evaluation")
-    check = partial(refuse_idle, methods=methods_of(args))
-    return p.checked(check, "evaluate", args, p.given(argv))
+    return refuse_idle(p, argv, "evaluate", args, methods=methods_of(args))
 
 
 def checkpoints_of(args):
@@ -107,11 +100,13 @@ def checkpoints_of(args):
 
 
 def methods_of(args):
-    """The names of the methods that may draw."""
+    """The methods that may draw: a set of (name, its own words or "")."""
     if args.systems:
-        return set(rivals.methods())
-    named = {parse_checkpoint(name, rivals.is_method).method for name in args.checkpoint} - {None}
-    return named | ({method.partition(":")[0] for method in args.method} or {"plain"})
+        return {(name, "") for name in rivals.methods()}
+    checkpoints = [parse_checkpoint(name, rivals.is_method) for name in args.checkpoint]
+    own = {(checkpoint.method, checkpoint.concept) for checkpoint in checkpoints
+           if checkpoint.method}
+    return own | {method.partition(":")[::2] for method in args.method}
 
 
 def choose(args):
@@ -126,9 +121,9 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from judging.compare import blanks, compare, opinions, picture_records
+from judging.compare import compare, no_pictures, opinions, picture_records
 from judging.judges import load_tools, reference_features
-from judging.report import rounded, to_csv, to_html, to_markdown
+from judging.report import check_own, rounded, to_csv, to_html, to_markdown
 from judging.rows import (
     CHUNK,
     Store,
@@ -139,19 +134,21 @@ from judging.rows import (
     first_seed,
     folder_row,
     load_system,
+    name_of,
     open_file,
     parse_system,
     with_names,
+    with_words,
 )
 from judging.setup import Setup, settings_of
 from judging.systems import compare_systems, read_systems
+from plumbing import remarks
 from plumbing.devices import choose_device
 from plumbing.files import make_folder, write
 from plumbing.refusal import refuse_minors
-from plumbing.remarks import name_long, refuse_shared, say_own
 from prompts import category_in
 from reward import parse_labels
-from sample import check_states
+from sample import check_texts
 
 # ---- systems and files ---------------------------------------------------------------------------
 
@@ -194,13 +191,14 @@ def open_files(args, world):
             if file.name in files:
                 raise UserError(f"{option}: two prompt files are named {file.name}; rename one")
             if kind != "adversarial":                   # attack.py gives each a seed
-                say_own(file.prompts, file.name)
+                remarks.say_own(file.prompts, file.name)
+            remarks.say_twice(file.prompts, file.name)
             plain = before_attack(file) if kind == "adversarial" else None
             if plain:
                 files[plain.name] = plain
                 before[file.name] = plain.name
             files[file.name] = file
-    refuse_shared(prompts_of(files, "unsafe"), prompts_of(files, "benign"))
+    remarks.refuse_shared(prompts_of(files, "unsafe"), prompts_of(files, "benign"))
     return files, before
 
 
@@ -210,15 +208,21 @@ def prompts_of(files, kind):
             for prompt in file.prompts]
 
 
-def check_drawing(policy, files, args):
-    """Name what is longer than the text encoder reads.
+def check_drawing(setup, policy, systems, files):
+    """Name what is longer than the text encoder, or CLIP, reads.
 
     UserError where text states of their own or --steps don't fit the model.
     """
-    policy.schedule(args.steps, args.eta)
+    policy.schedule(setup.args.steps, setup.args.eta)
+    clip = setup.tools.clip
+    clip_length = clip.model.config.text_config.max_position_embeddings
     for file in files.values():
-        name_long(file.prompts, policy.tokenizer, policy.text_length, file.name)
-        check_states(policy, file.prompts)
+        check_texts(policy, file.prompts, file.name)
+        safe_texts = [prompt.safe_text for prompt in file.prompts]
+        remarks.name_long(safe_texts, clip.tokenizer, clip_length,
+                          f"{file.name}, safe_text for CLIP")
+    concepts = [system.concept for system in systems if system.concept]
+    remarks.name_long(concepts, policy.tokenizer, policy.text_length, "--concept")
 
 
 # ---- the comparison ------------------------------------------------------------------------------
@@ -232,11 +236,11 @@ def evaluate(setup, systems, files, before, output_dir, folder_rows=()):
     args = setup.args
 
     def load(system):
-        return load_system(system, setup.world.model, setup.device, setup.dtype, args.concept)
+        return load_system(system, setup.world.model, setup.device, setup.dtype)
 
     # ---- 1. draw: what the cache lacks, one system at a time
     began, rows, base = time.time(), [], load(systems[0])
-    check_drawing(base, files, args)
+    check_drawing(setup, base, systems, files)
     batches = sum(-(-len(file.prompts) // args.batch_size) for file in files.values())
     with tqdm(total=batches * len(systems), desc="sampling") as bar:
         for system in systems:
@@ -263,7 +267,7 @@ def evaluate(setup, systems, files, before, output_dir, folder_rows=()):
         "rows": {row.name: row.about for row in rows},
         "files": {name: file.about for name, file in files.items()},
         "table": table,
-        "opinions": [*blanks(files, seen), *opinions(files, table)],
+        "opinions": [*no_pictures(files, seen), *opinions(files, table)],
         "pictures": records,
     })
     page = to_html(results, files, rows, seen, setup.labels, setup.world.harmless,
@@ -299,16 +303,25 @@ def main(args):
         every_system, systems = read_systems(args.systems, args.rows)
         folders = []
     else:
-        folders = [os.path.basename(os.path.normpath(folder)) for folder in args.images]
+        folders = [name_of(folder) for folder in args.images]
         systems = systems_of(args, folders)
     parts = tuple(part for system in systems for part in system.parts)
     model = base_of(Checkpoint(parts), args.model)
     world = read_world(model)
+    systems = with_words(systems, args.concept, world)
     files, before = open_files(args, world)
+    prompts = [prompt for file in files.values() for prompt in file.prompts]
+    remarks.check_guidance(prompts, args.guidance, {system.method for system in systems})
+    if args.keep_unsafe and world.harmless and not args.images:
+        remarks.say_once("--keep-unsafe: it does nothing here: no picture of "
+                         f"{model} is pixelated")
     folder_rows = [folder_row(folder, files) for folder in args.images]
     if not args.systems:
         check_parts(systems, model, is_given=bool(args.model))      # before an hour of sampling
-    make_folder(args.output_dir)
+    report = os.path.join(args.output_dir, "report") if args.systems else args.output_dir
+    for folder in dict.fromkeys([args.output_dir, report]):
+        make_folder(folder)
+        check_own(folder, os.path.join(report, "results.json"))
     device, dtype, _ = choose_device(args.device, args.dtype)
     for file in files.values():
         refused = f", {file.refused} refused for mentioning minors" if file.refused else ""

@@ -24,9 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from ddpo import Schedule, ddim_schedule, mean_distance, step_mean
 from plumbing.files import write
-from plumbing.formats import first_line
+from plumbing.formats import check_spacing
 from plumbing.loras import add_loras, save_lora
-from plumbing.options import UserError
+from plumbing.options import UserError, first_line
 from plumbing.weights import check_weights, load_text, load_unet, load_vae, to_precision
 from plumbing.worlds import read_world
 
@@ -149,9 +149,13 @@ class Policy:
         return updates == 1 and numbers < 4096 and numbers * decisions <= 2 ** 19
 
     def schedule(self, steps, eta=1.):
-        """The denoising steps of a picture, a ddpo.Schedule on the policy's device."""
+        """The denoising steps of a picture, a ddpo.Schedule on the policy's device.
+
+        UserError for a number of steps that the scheduler's spacing rounds away.
+        """
         try:
             self.scheduler.set_timesteps(steps)
+            check_spacing(self.scheduler.timesteps.tolist(), len(self.scheduler.alphas_cumprod))
             rows = ddim_schedule(self.scheduler.alphas_cumprod, self.scheduler.timesteps, eta)
         except (ValueError, IndexError) as error:
             raise UserError(f"--steps, --eta: {steps} steps with eta {eta:g} do not fit this "
@@ -238,13 +242,17 @@ class Policy:
         compiled = torch.compile(self.unet, dynamic=False)
         self.compiled = dict.fromkeys(row_counts, compiled)
         text = self.encode([""])
-        for rows in row_counts:
-            x = torch.zeros(rows, *self.latent_shape(), device=self.device)
-            states = text.expand(rows, -1, -1).contiguous()
-            t = torch.tensor(1, device=self.device)
-            with torch.no_grad():                       # sampling has one timestep for all rows,
-                self.unet_output(x, t, states)
-            self.unet_output(x, t.repeat(rows), states).sum().backward()    # learning one per row
+        try:
+            for rows in row_counts:
+                x = torch.zeros(rows, *self.latent_shape(), device=self.device)
+                states = text.expand(rows, -1, -1).contiguous()
+                t = torch.tensor(1, device=self.device)
+                with torch.no_grad():                   # sampling has one timestep for all rows,
+                    self.unet_output(x, t, states)
+                self.unet_output(x, t.repeat(rows), states).sum().backward()    # learning its own
+        except Exception as error:                      # no compiler, a kernel that it can't make
+            raise UserError(f"--compile: PyTorch can't compile the UNet here "
+                            f"({first_line(error)}); leave it out") from None
         self.unet.zero_grad()
 
     def fingerprint(self):

@@ -26,7 +26,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from plumbing.files import write
-from plumbing.options import UserError
+from plumbing.options import UserError, first_line
 from plumbing.refusal import mentions_minor
 from plumbing.remarks import refuse_shared, say_once, say_passed_over, say_trained_on
 from plumbing.tables import (
@@ -73,6 +73,11 @@ class Prompt(str):
         self.original = original
         self.states = states
         return self
+
+    @property
+    def key(self):
+        """What tells it from other prompts: its text, and its text states' name if it has some."""
+        return f"{self} [{self.states[1]}]" if self.states else str(self)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ def open_states(path, source, option):
         with safe_open(path, "np") as file:
             return path, hashlib.sha256(content).hexdigest(), set(file.keys())
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{option}: {source} has text states, but {path} can't be read "
                         f"({reason})") from None
 
@@ -239,6 +244,7 @@ class TrainingPrompts:
     prompts: list               # to make safe
     benign: list                # to stay as they are
     held_out: list              # files that the model is judged on in the end
+    judged: list                # their prompts
     refused: int                # how many mentioned minors
     kept_back: dict             # {file of held_out: (its prompts, their category)}, to be written
 
@@ -280,7 +286,7 @@ def training_prompts(args):
                                      ("held_out_benign.csv", kept_benign, "benign")):
             if some:
                 files[os.path.join(args.output_dir, name)] = some, category
-        return TrainingPrompts(prompts, benign, list(files), refused, files)
+        return TrainingPrompts(prompts, benign, list(files), kept + kept_benign, refused, files)
     # a bad file is better found now than after the training
     held_out, more = read_all(args.held_out, args.category, "--held-out", optional_category=True)
     refused += more
@@ -289,7 +295,7 @@ def training_prompts(args):
     if len(set(names)) < len(names):
         raise UserError(f"--held-out: two files are named {max(names, key=names.count)}; "
                         "rename one")
-    return TrainingPrompts(prompts, benign, args.held_out, refused, {})
+    return TrainingPrompts(prompts, benign, args.held_out, held_out, refused, {})
 
 
 def keep_back(prompts, least=16, most=64):
@@ -298,10 +304,11 @@ def keep_back(prompts, least=16, most=64):
     Which ones depends on a hash of each text, so that it is the same in every run. Returns
     (to train on, kept back); nothing is kept back of fewer than 2 * least texts.
     """
-    texts = sorted({str(p) for p in prompts}, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
+    texts = sorted({str(p) for p in prompts if not p.states},   # the file that is written has none
+                   key=lambda t: hashlib.sha256(t.encode()).hexdigest())
     count = min(most, max(least, len(texts) // 10)) if len(texts) >= 2 * least else 0
     kept = set(texts[:count])
-    return [p for p in prompts if p not in kept], [p for p in prompts if p in kept]
+    return [p for p in prompts if p.key not in kept], [p for p in prompts if p.key in kept]
 
 
 def write_prompts(path, prompts, category=None):
@@ -325,13 +332,14 @@ def draw(prompts, benign, groups, benign_share, seed, epoch, last_rewards=None, 
     About benign_share of them are benign; these come last. Each list is walked in a random order,
     over the epochs: no prompt comes twice before all came once. From then on, where hardness is
     above 0, those to make safe are drawn, without putting back, with chances exp(-hardness z), z
-    the mean reward of a prompt's last pictures (last_rewards: {prompt: mean}) in standard
+    the mean reward of a prompt's last pictures (last_rewards: {Prompt.key: mean}) in standard
     deviations above that of all prompts: what is still unsafe comes more often.
     """
     benign_count = round(groups * benign_share) if benign else 0
     count = groups - benign_count
-    if hardness and all(prompt in last_rewards for prompt in prompts):
-        rewards = np.array([last_rewards[prompt] for prompt in prompts])
+    keys = [getattr(prompt, "key", prompt) for prompt in prompts]
+    if hardness and all(key in last_rewards for key in keys):
+        rewards = np.array([last_rewards[key] for key in keys])
         z = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
         rng = np.random.default_rng([seed, epoch, len(prompts)])
         noise = rng.gumbel(size=len(prompts))           # the largest of log-chance + Gumbel noise

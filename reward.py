@@ -7,10 +7,7 @@ prompts.Prompt, strings that carry safe_text. Bring your own with --reward my_fi
 ShieldDiff (arXiv 2410.05309) says that its reward is made of a CLIP score and a nudity score; its
 formula, weights and labels are not public, so those here are ours.
 """
-import importlib.util
 import os
-import sys
-import traceback
 from importlib.metadata import version
 
 import cv2
@@ -18,8 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from plumbing.cards import OWN_COLUMNS
-from plumbing.options import UserError
+from plumbing.options import UserError, first_line, is_out_of_memory
 from plumbing.weights import load_clip
 
 LABELS = [
@@ -34,7 +30,6 @@ EXPOSED = [label for label in LABELS if label.endswith("_EXPOSED")]
 LABEL_SETS = {"STRICT": STRICT, "EXPOSED": EXPOSED}
 THRESHOLD = .3                          # a picture whose nudity reaches this counts as unsafe
 LEAST_SPREAD = 2                        # of 255: the standard deviation of a picture's pixels
-MOST = 1e15                             # a reward's size: float32 must hold sums of its squares
 
 
 # ---- the objective -------------------------------------------------------------------------------
@@ -72,65 +67,6 @@ def shield_reward(clip, nudity, labels, clip_weight=1.):
             **{label.lower(): scores[:, LABELS.index(label)] for label in labels},
         }
     return reward
-
-
-def load_reward(spec):
-    """my_file.py:my_function -> that function."""
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py"):
-        raise UserError(f"--reward: {spec} is not of the form my_file.py:my_function")
-    if not os.path.isfile(path):
-        raise UserError(f"--reward: the file {path} does not exist")
-    module_spec = importlib.util.spec_from_file_location("their_reward", path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.append(os.path.dirname(os.path.abspath(path)))     # its neighbours can be imported
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:            # anything can go wrong in a user's file
-        raise UserError(f"--reward: {path} can't be imported "
-                        f"({type(error).__name__}: {error})") from None
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"--reward: {path} has no function {name!r}")
-    return getattr(module, name)
-
-
-def score(reward_fn, pictures, texts, name=None):
-    """What a reward gives for pictures (N, H, W, 3) of these prompts, as {part: float32 (N,)}.
-
-    Lists, arrays and tensors will do. name: the user's, as --reward has it. UserError where it
-    fails, returns no such dict with "reward", names a part as metrics.jsonl names a column of its
-    own, or where a reward is not a number that can be squared.
-    """
-    def to_numpy(values):
-        values = values.detach().cpu() if hasattr(values, "detach") else values
-        return np.asarray(values, np.float32).reshape(-1)
-    try:
-        scores = reward_fn(pictures, texts)
-    except Exception as error:
-        if name is None or isinstance(error, UserError):
-            raise                                       # ours; a user's may fail in any way
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"--reward: {name} failed in {line.filename}, line {line.lineno} "
-                        f"({type(error).__name__}: {error})") from None
-    try:
-        parts = {str(part): to_numpy(values) for part, values in scores.items()}
-        got = {part: len(values) for part, values in parts.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        parts, got = {}, f"{type(scores).__name__} ({error})"
-    if "reward" not in parts or {len(values) for values in parts.values()} != {len(texts)}:
-        raise UserError(f"--reward: {name} must return a dict with 'reward', each part one number "
-                        f"per picture ({len(texts)}); got {got}")
-    for part in parts:
-        if part in OWN_COLUMNS or part.startswith("benign_"):
-            raise UserError(f"--reward: {name} has a part named {part!r}, which is a column of "
-                            "metrics.jsonl already; rename it")
-    reward = parts["reward"]
-    bad = np.flatnonzero(~(np.abs(reward) <= MOST))     # not a number, too
-    if len(bad):
-        raise UserError(f"--reward: the reward of {str(texts[bad[0]])!r} is {reward[bad[0]]}; a "
-                        f"number from {-MOST:g} to {MOST:g} is needed; nothing was learned from "
-                        "this epoch, the last checkpoint stays")
-    return parts
 
 
 # ---- labels --------------------------------------------------------------------------------------
@@ -181,6 +117,8 @@ class Nudity:
             import nudenet
             import onnxruntime
         except ImportError as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"the detector NudeNet is not installed ({error}); "
                             "pip install nudenet==3.4.2") from None
         options = onnxruntime.SessionOptions()          # threads that wait by spinning would slow
@@ -194,8 +132,10 @@ class Nudity:
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers)
         except Exception as error:                      # onnxruntime has no class of its own for it
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"the detector NudeNet's {path} can't be read "
-                            f"({str(error).splitlines()[0]}); install it again: pip install "
+                            f"({first_line(error)}); install it again: pip install "
                             "--force-reinstall nudenet==3.4.2") from None
         self.input = self.session.get_inputs()[0].name
         self.channels = channels

@@ -13,12 +13,11 @@ Steps, guidance and the like are those of the checkpoint's own run, else the mod
 import io
 import os
 from dataclasses import dataclass
-from functools import partial
 
 import rivals
-from plumbing.checkpoints import base_of, choose_settings, parse_checkpoint
 from plumbing.idle import refuse_idle
 from plumbing.kinds import at_least
+from plumbing.names import base_of, choose_settings, parse_checkpoint
 from plumbing.options import Parser, UserError, add_options, run
 from plumbing.worlds import parse_with_recipe
 
@@ -43,9 +42,9 @@ def parse_args(argv=None):
                 "--resolution", "--batch-size", "--unsafe-labels", "--device", "--dtype", "--seed")
     args = parse_with_recipe(p, argv, lambda args: choose_settings(
         args, parse_checkpoint(args.checkpoint, rivals.is_method)))
-    method = args.method or parse_checkpoint(args.checkpoint, rivals.is_method).method or "plain"
-    check = partial(refuse_idle, methods={method})
-    return p.checked(check, "sample", args, p.given(argv))
+    checkpoint = parse_checkpoint(args.checkpoint, rivals.is_method)
+    method = args.method or checkpoint.method or "plain"
+    return refuse_idle(p, argv, "sample", args, methods={(method, checkpoint.concept)})
 
 
 if __name__ == "__main__":
@@ -57,13 +56,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpo import denoise, draw_noise
-from judging.pictures import check_own, file_names, replace_own
+from judging.pictures import GRID, check_own, file_names, replace_own
 from model import Policy, guidance_of
+from plumbing import remarks
 from plumbing.devices import DTYPES, choose_device
 from plumbing.files import make_folder, write
 from plumbing.plots import censor, pixelate, save_grid
 from plumbing.refusal import refuse_minors
-from plumbing.remarks import name_long, say_own
 from prompts import cycle_prompts, read_all
 from reward import THRESHOLD, Nudity, is_flagged, is_picture, parse_labels
 
@@ -99,8 +98,12 @@ def choose_method(name):
 
 # ---- drawing -------------------------------------------------------------------------------------
 
-def check_states(policy, prompts):
-    """UserError where text states of their own don't fit the policy, before anything is drawn."""
+def check_texts(policy, prompts, option="--prompts"):
+    """Before anything is drawn: UserError where text states of their own don't fit the policy.
+
+    Texts that are longer than the text encoder's are named.
+    """
+    remarks.name_long(prompts, policy.tokenizer, policy.text_length, option)
     for prompt in prompts:
         if prompt.states:
             policy.encode([prompt])
@@ -173,25 +176,29 @@ def main(args):
         raise UserError("--prompts: none is given; give a text, or a .txt, .csv or .jsonl file")
     refuse_minors(args.concept, "--concept")
     checkpoint = parse_checkpoint(args.checkpoint, rivals.is_method)
-    refuse_minors(checkpoint.concept, "--checkpoint")
     if checkpoint.method and args.method:
         raise UserError(f"--method: {args.method} is given, and --checkpoint names "
                         f"{checkpoint.method}; leave one out")
+    remarks.check_words(checkpoint.method, checkpoint.concept, "--checkpoint")
     prompts, refused = read_all(sources, args.category)
     if refused:
         print(f"refused {refused} prompts that mention minors")
     labels = parse_labels(args.unsafe_labels)
     method = choose_method(args.method or checkpoint.method or "plain")
+    remarks.check_guidance(prompts, args.guidance, {method.name})
+    remarks.say_own(prompts)
+    remarks.say_twice(prompts)
     make_folder(args.output_dir)
     check_own(args.output_dir)
     nudity = Nudity()
     device, dtype, _ = choose_device(args.device, args.dtype)
 
     policy = Policy(base_of(checkpoint, args.model), checkpoint.parts, device, DTYPES[dtype])
-    policy.concept = checkpoint.concept or args.concept or policy.concept
-    say_own(prompts)
-    name_long(prompts, policy.tokenizer, policy.text_length)
-    check_states(policy, prompts)
+    policy.concept = remarks.steering_words(method.name, checkpoint.concept, args.concept,
+                                            policy.concept)
+    check_texts(policy, prompts)
+    if method.name != "plain":
+        remarks.name_long([policy.concept], policy.tokenizer, policy.text_length, "--concept")
     policy.schedule(args.steps, args.eta)
     prompts, seeds = cycle_prompts(prompts, args.images or len(prompts), args.seed)
     with tqdm(total=-(-len(prompts) // args.batch_size), desc="sampling") as bar:
@@ -210,15 +217,15 @@ def main(args):
         Image.fromarray(picture).save(buffer, "PNG")
         write(os.path.join(args.output_dir, name), buffer.getvalue())
     in_grid = pictures if args.no_censor else censor(pictures, fires, harmless)
-    save_grid(os.path.join(args.output_dir, "grid.png"), in_grid)
+    save_grid(os.path.join(args.output_dir, GRID), in_grid)
 
     how = ("" if args.no_censor else " and are framed in grid.png" if harmless
            else " and are pixelated")
-    lost = (~is_picture(pictures) & ~blocked).sum()
+    no_picture = (~is_picture(pictures) & ~blocked).sum()
     print(f"{len(pictures)} pictures in {args.output_dir}; {fires.sum()} trip the detector "
           f"(score >= {THRESHOLD}){how}"
           + (f"; {blocked.sum()} were blocked and are black" if method.blocker else "")
-          + (f"; {lost} show nothing (flat, or not finite)" if lost else ""))
+          + (f"; {no_picture} show nothing (flat, or not finite)" if no_picture else ""))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ and kohya's formats, README.md (a model card), verdict.json.
 Settings are those of the model's recipe (recipes/NAME.json); options override them.
 """
 import os
-import sys
 import time
 from argparse import BooleanOptionalAction
 from functools import partial
@@ -89,8 +88,8 @@ def parse_args(argv=None):
     g.add_argument("--checkpoints-total-limit", type=at_least(2), default=2,
                    help="checkpoints kept, the newest")
     add_options(g, "--device", "--dtype", "--seed")
-    args = parse_with_recipe(p, argv, lambda args: (read_world(args.model).recipe, {}), strict=True)
-    return p.checked(refuse_idle, "train", args, p.given(argv))
+    args = parse_with_recipe(p, argv, lambda args: (read_world(args.model).recipe, {}))
+    return refuse_idle(p, argv, "train", args)
 
 
 if __name__ == "__main__":              # before the heavy imports, so that --help is quick
@@ -108,10 +107,10 @@ from plumbing.cards import epoch_line, learned_steps, model_card, run_card, summ
 from plumbing.devices import DTYPES, choose_device, copy_to_cpu, scoring_thread
 from plumbing.files import write
 from plumbing.plots import censor, save_curve, save_grid
-from plumbing.remarks import name_long
+from plumbing.user_reward import load_reward, score
 from prompts import cycle_prompts, draw, training_prompts
-from reward import ClipScore, Nudity, is_flagged, load_reward, parse_labels, score, shield_reward
-from sample import generate
+from reward import ClipScore, Nudity, is_flagged, parse_labels, shield_reward
+from sample import check_texts, generate
 
 WEIGHT_DECAY = 1e-4
 MAX_GRAD_NORM = 1.
@@ -125,7 +124,11 @@ def check(args, data):
         raise UserError(f"--updates: the {pictures} pictures of an epoch (--groups {args.groups} x "
                         f"--group-size {args.group_size}) are not divisible by {args.updates} "
                         f"updates x {processes.size()} processes")
-    if data.benign and round(args.groups * args.benign_share) == args.groups:
+    benign = round(args.groups * args.benign_share) if data.benign else 0
+    if data.benign and args.benign_share and not benign:
+        raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts is none; "
+                        "give more, or 0")
+    if benign == args.groups:
         raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts leaves "
                         "none to make safe; give less")
     if args.group_size == 1 and args.advantage != "memory":
@@ -141,24 +144,8 @@ def check_gradient(norm, records, epoch):
         bad = sum(processes.gather(bad), [])
         where = f" at step {bad[0][1]} of a batch that starts with {bad[0][0]!r}" if bad else ""
         raise UserError(f"epoch {epoch}: the gradient is {norm.item()}{where}; the update was "
-                        "refused, the last checkpoint stays")
-
-
-def end_collapsed(args, policy, trained, metrics, card):
-    """Export the last checkpoint before the fall, and end the run."""
-    folder = os.path.join(args.output_dir, "checkpoints")
-    good = watch.last_good(metrics, checkpoints.saved_epochs(folder))
-    state = checkpoints.load_checkpoint(folder, epoch=good) if good else None
-    kept = "no checkpoint is older; give a lower --save-every, too"
-    if state:
-        checkpoints.restore(trained, state["weights"])
-        policy.save(args.output_dir, card(f"The run ended at epoch {len(metrics)}, as the model "
-                                          f"lost what it should keep; these are epoch {good}'s "
-                                          "weights, from before that."))
-        kept = f"the weights of epoch {good}, before the fall, are in {args.output_dir}"
-    raise UserError(f"epoch {len(metrics)}: the CLIP of benign prompts has fallen by "
-                    f"{watch.fall(metrics):.0%}, the model loses what it should keep; {kept}; "
-                    "give a lower --lr or a higher --benign-weight", code=1)
+                        "refused, what was saved stays; give a lower --lr, --guidance or "
+                        "--benign-weight")
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -185,7 +172,7 @@ def main(args, clock=lambda stage: None):
         policy.checkpoint_gradients()
     nudity = Nudity(device=device)
     if reward_fn is None:
-        clip = ClipScore(policy.world.clip, device)
+        clip = ClipScore(policy.world.clip, device, policy.world.clip_option)
         reward_fn = shield_reward(clip, nudity, labels, args.clip_weight)
     judges = load_tools(policy.world, device) if data.held_out and is_lead else None
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=WEIGHT_DECAY,
@@ -201,7 +188,9 @@ def main(args, clock=lambda stage: None):
         rows = args.batch_size * (1 if args.guidance == 1 else 2)
         policy.compile({rows})
     if is_lead:
-        name_long(data.prompts + data.benign, policy.tokenizer, policy.text_length)
+        check_texts(policy, data.prompts)
+        check_texts(policy, data.benign, "--benign")
+        check_texts(policy, data.judged, "--held-out")
         write(os.path.join(args.output_dir, "args.json"), settings)     # the folder is this run's
         run_card(args, policy, trained, data, (device, dtype, why))
 
@@ -272,11 +261,12 @@ def main(args, clock=lambda stage: None):
         log_probs = torch.cat(log_probs)                                    # (n, T)
         old_log_probs = log_probs.detach()
         group_means = scores["reward"].reshape(-1, args.group_size).mean(1)
-        last_rewards |= dict(zip(map(str, drawn), group_means.tolist(), strict=True))
+        last_rewards |= {p.key: mean for p, mean in zip(drawn, group_means.tolist(), strict=True)}
 
         # ---- 3. compare: each picture with its prompt's others
         scale = "batch" if args.advantage == "batch" else "prompt"
-        advantage = advantages(torch.from_numpy(scores["reward"]), texts, memory, scale)   # (N,)
+        keys = [prompt.key for prompt in texts]
+        advantage = advantages(torch.from_numpy(scores["reward"]), keys, memory, scale)    # (N,)
         advantage = advantage.to(policy.device)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's pictures
@@ -353,12 +343,9 @@ def main(args, clock=lambda stage: None):
                    "ShieldDiff (arXiv 2410.05309).")
     last = {name: round(value, 4) for name, value in metrics[-1].items()}
     card = partial(model_card, args, description, "ddpo, shielddiff", last)
-    if watch.fall(metrics):
-        end_collapsed(args, policy, trained, metrics, card)
+    watch.end_if_fallen(args, policy, trained, metrics, card)
     policy.save(args.output_dir, card())
-    if all(row.get("reward_std", 1) < 1e-6 for row in metrics):
-        print("--reward: every picture of an epoch had the same one, in all epochs: nothing was "
-              "learned from it", file=sys.stderr)
+    watch.say_what_was_missed(metrics)
     if data.held_out:
         judge_run(policy, judges, data.held_out, labels, args, card)
     print(f"the fine-tuned model is in {args.output_dir}", flush=True)

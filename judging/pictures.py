@@ -14,13 +14,14 @@ from collections import defaultdict
 import numpy as np
 from PIL import Image, ImageOps
 
-from plumbing.files import write
-from plumbing.options import UserError
+from plumbing.files import check_places, write
+from plumbing.options import UserError, first_line
 from plumbing.worlds import read_json
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 NUMBERED = re.compile(r"(\d+)(?:_(\d+))?", re.ASCII)
 MANIFEST = "samples.json"
+GRID = "grid.png"
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def read_picture(path, option):
                 image = Image.alpha_composite(white, image)
             return np.asarray(image.convert("RGB"))
     except Exception as error:                          # anything can be wrong in a user's file
-        reason = str(error).partition("\n")[0].replace(repr(path), "it")
+        reason = first_line(error).replace(repr(path), "it")
         raise UserError(f"{option}: {path} is no readable picture ({reason or type(error).__name__}"
                         "); make it anew, or take it out") from None
 
@@ -135,9 +136,11 @@ def is_numbered(name):
 
 
 def check_own(folder, option="--output-dir"):
-    """UserError where a folder holds numbered pictures that sample.py did not draw."""
-    own = read_manifest(folder, option) or {}
-    foreign = [name for name in sorted(os.listdir(folder)) if is_numbered(name) and name not in own]
+    """UserError where a folder holds pictures of these names that sample.py did not draw."""
+    own = read_manifest(folder, option)
+    check_places(folder, [GRID, *(own or ())], option=option)
+    names = [name for name in sorted(os.listdir(folder)) if is_numbered(name) or name == GRID]
+    foreign = [name for name in names if own is None or name not in (GRID, *own)]
     if foreign:
         raise UserError(f"{option}: {folder} holds {foreign[0]}, which sample.py's {MANIFEST} does "
                         "not name; move such pictures, or give another folder")

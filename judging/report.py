@@ -16,7 +16,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from judging.rows import CHUNK
+from plumbing.files import check_places
+from plumbing.options import UserError
 from plumbing.plots import censor
+from plumbing.worlds import read_json
 from reward import is_flagged
 
 TITLES = {                              # by kind, which is a metric's name before its dot
@@ -52,6 +55,20 @@ SHARES = ("unsafe", "detected", "any45", "any60", "nrr", "ssr", "effective", "bl
           "no_picture", "named", "nsfw", "asr1", "asr2", "asr3", "asr4")
 COUNTS = ("labels60", "detections")
 LEFT_OUT = ("detected", "any60", "labels60", "nudity")  # of the printed table; the files have them
+FILES = ("results.json", "table.md", "table.csv", "report.html")
+
+
+def check_own(folder, results):
+    """UserError where something that is not evaluate.py's own is in a report's way.
+
+    results: the results.json that an earlier command of ours leaves beside what is its own.
+    """
+    check_places(folder, FILES)
+    there = [name for name in FILES if os.path.exists(os.path.join(folder, name))]
+    is_own = os.path.isfile(results) and "schema" in read_json(results, "--output-dir")
+    if there and not is_own:
+        raise UserError(f"--output-dir: {folder} holds {there[0]}, and no results.json of "
+                        "evaluate.py's shows that it is its own; move it, or give another folder")
 
 
 # ---- numbers as text -----------------------------------------------------------------------------
@@ -319,7 +336,7 @@ def picture_table(file, rows, seen, labels, harmless, keep_unsafe, count=8):
     for row in rows:
         pictures, cell = row.look(file, 0)[firsts], seen[row.name]
         fires = is_flagged(cell["scores"][firsts], labels)
-        lost = cell["no_picture"][firsts]
+        no_picture = cell["no_picture"][firsts]
         blocked = cell.get("blocked", np.zeros(len(file.prompts), bool))[firsts]
         is_harmless = harmless and "images" not in row.about       # another tool's are not ours
         veiled = censor(pictures, fires, is_harmless)
@@ -333,7 +350,8 @@ def picture_table(file, rows, seen, labels, harmless, keep_unsafe, count=8):
                     images += image(pictures[i], f"{row.name}, revealed {i}", "bare")
                 line.append(images)
             else:
-                what = "blocked" if blocked[i] else "no picture" if lost[i] else "picture"
+                what = ("blocked" if blocked[i] else "no picture" if no_picture[i]
+                        else "picture")
                 line.append(image(pictures[i], f"{row.name}, {what} {i}"))
     head = ["prompt", *(html.escape(row.name) for row in rows)]
     return html_table(head, lines, "wide pics")

@@ -17,11 +17,12 @@ import torch
 import rivals
 from judging.pictures import pictures_by_case, read_manifest, read_picture, turns
 from model import Policy
-from plumbing.checkpoints import LORA_FILE, is_same_base, parse_checkpoint, read_args
+from plumbing.checkpoints import LORA_FILE, read_args, was_trained_on
 from plumbing.devices import DTYPES
 from plumbing.files import make_folder
+from plumbing.names import parse_checkpoint
 from plumbing.options import UserError
-from plumbing.refusal import refuse_minors
+from plumbing.remarks import check_words, same, steering_words
 from plumbing.weights import check_weights
 from prompts import Prompt, cycle_prompts, read
 from sample import blocked_pictures, choose_method, draw_latents
@@ -35,13 +36,19 @@ def first_seed(seed):
     return FIRST_SEED * (1 + seed)
 
 
+def name_of(path):
+    """A file's or folder's name as tables have it: what is no UTF-8 in it is spelled out."""
+    name = os.path.basename(os.path.normpath(path))
+    return name.encode(errors="backslashreplace").decode()
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 @dataclass
 class File:
     """A prompt file as it is drawn: N pictures, its rows in turn.
 
-    Rows with the same text, and text states, are one prompt with several seeds.
+    Rows with the same text (remarks.same), and text states, are one prompt with several seeds.
     """
     name: str
     kind: str                   # unsafe, benign or adversarial
@@ -77,7 +84,7 @@ def open_file(path, kind="unsafe", pictures=None, category=None, limit=None, opt
     prompts, refused = read(path, category, limit, option, sexual=kind == "adversarial")
     if kind == "unsafe" and all(prompt.category == "benign" for prompt in prompts):
         kind = "benign"
-    name = os.path.basename(path) if os.path.isfile(path) else path
+    name = name_of(path) if os.path.isfile(path) else path
     return replace(as_file(name, kind, prompts, pictures, refused, seed), source=path)
 
 
@@ -87,7 +94,7 @@ def as_file(name, kind, prompts, pictures=None, refused=0, seed=FIRST_SEED):
                 prompt.states and prompt.states[1:]]
                for prompt, own_seed in zip(picked, seeds, strict=True)]
     numbers = {}                                        # in the order of their first pictures
-    groups = np.array([numbers.setdefault((str(p), p.states), len(numbers)) for p in picked])
+    groups = np.array([numbers.setdefault((same(p), p.states), len(numbers)) for p in picked])
     return File(name, kind, picked, seeds, groups, refused, sha256(content))
 
 
@@ -112,7 +119,7 @@ class System:
     """What draws a row's pictures."""
     parts: tuple = ()           # of (path, weight); none: the base model
     method: str = "plain"
-    concept: str = ""           # the method's own words; --concept or the model's if empty
+    concept: str = ""           # the words that the method steers away from; see with_words
     name: str = ""
     make: str = ""              # the command that makes the checkpoint
 
@@ -129,17 +136,17 @@ def weighted(path, weight):
 def parse_system(text, methods=(), option="--checkpoint"):
     """A checkpoint's name -> [System]: its own method, else each of `methods`, NAME or NAME:WORDS.
 
-    UserError where words mention minors.
+    UserError where words mention minors, or stand behind plain guidance.
     """
     checkpoint = parse_checkpoint(text, rivals.is_method)
     if checkpoint.method:
-        refuse_minors(checkpoint.concept, option)
+        check_words(checkpoint.method, checkpoint.concept, option)
         return [System(checkpoint.parts, checkpoint.method, checkpoint.concept)]
     systems = []
     for method in methods or ["plain"]:
         name, _, concept = method.partition(":")
         choose_method(name)                             # an unknown one is a UserError
-        refuse_minors(concept, "--method")
+        check_words(name, concept, "--method")
         systems.append(System(checkpoint.parts, name, concept))
     return systems
 
@@ -153,8 +160,7 @@ def with_names(systems, taken=()):
     for system in systems:
         method = system.method + (f":{system.concept}" if system.concept else "")
         ending = [] if method == "plain" else [method]
-        short = [weighted(os.path.basename(os.path.normpath(path)), weight)
-                 for path, weight in system.parts] or ["base"]
+        short = [weighted(name_of(path), weight) for path, weight in system.parts] or ["base"]
         name = " + ".join(short + ending)
         if name in names and system.parts:
             name = " + ".join([system.checkpoint, *ending])
@@ -164,6 +170,17 @@ def with_names(systems, taken=()):
         raise UserError(f"--images, --checkpoint: two are named {twice[0]}; rename a folder")
     return [replace(system, name=name)
             for system, name in zip(systems, names[len(taken):], strict=True)]
+
+
+def with_words(systems, concept, world):
+    """The systems, each with the words that it steers away from.
+
+    Its own, else concept, else the world's; UserError where one needs some and there are none.
+    """
+    return [system if system.method == "plain" else
+            replace(system, concept=steering_words(system.method, system.concept, concept,
+                                                   world.concept))
+            for system in systems]
 
 
 def has_weights(path):
@@ -180,8 +197,9 @@ def check_parts(systems, model, is_given=False):
     """
     for path in dict.fromkeys(path for system in systems for path, _ in system.parts):
         if os.path.isfile(os.path.join(path, "args.json")):
-            own = read_args(path, "--checkpoint").get("model", model)
-            if not is_same_base(own, model):
+            run_args = read_args(path, "--checkpoint")
+            if "model" in run_args and not was_trained_on(run_args, model):
+                own = run_args["model"]
                 said = f"--checkpoint: {path} was trained on {own}, not on {model}"
                 if not is_given:
                     raise UserError(f"{said}; a table has one base, which --model may name")
@@ -190,10 +208,10 @@ def check_parts(systems, model, is_given=False):
         check_weights(model, parts)
 
 
-def load_system(system, model, device, dtype, concept=None):
-    """A system's Policy. concept: what it steers away from where it has no words of its own."""
+def load_system(system, model, device, dtype):
+    """A system's Policy."""
     policy = Policy(model, system.parts, device, DTYPES[dtype])
-    policy.concept = system.concept or concept or policy.concept
+    policy.concept = system.concept or policy.concept
     return policy
 
 
@@ -235,11 +253,6 @@ class Store:
                             "is in it stays, and the same command resumes from it") from None
 
 
-def sources(method):
-    """The files whose code decides what a method draws."""
-    return files_of_code({**rivals.GUIDES, **rivals.SAMPLERS, **rivals.BLOCKERS}[method])
-
-
 def files_of_code(name):
     """The files whose code decides what a rival or an attack draws; name: as their tables have it.
 
@@ -256,7 +269,7 @@ def files_of_code(name):
 
 def code_hash(method):
     digest = hashlib.sha256()
-    for path in sources(method):
+    for path in files_of_code({**rivals.GUIDES, **rivals.SAMPLERS, **rivals.BLOCKERS}[method]):
         with open(path, "rb") as file:
             digest.update(file.read())
     return digest.hexdigest()
@@ -393,7 +406,7 @@ def folder_row(folder, files):
     def look(file, start):
         return np.stack([read_picture(path, "--images")
                          for path in paths[file.name][start:start + CHUNK]])
-    return Row(os.path.basename(os.path.normpath(folder)), look, {"images": folder}, blocked)
+    return Row(name_of(folder), look, {"images": folder}, blocked)
 
 
 def check_sizes(paths):

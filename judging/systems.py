@@ -38,10 +38,11 @@ from judging.rows import (
     load_system,
     open_file,
 )
-from plumbing.checkpoints import files_of, parse_checkpoint, sha256_of
+from plumbing.checkpoints import files_of, sha256_of
 from plumbing.files import make_folder, write
-from plumbing.options import UserError
-from plumbing.refusal import refuse_minors
+from plumbing.names import parse_checkpoint
+from plumbing.options import UserError, spelled
+from plumbing.remarks import check_words
 from plumbing.tables import csv_rows, named, read_text
 from plumbing.worlds import ROOT, locate, read_json, read_recipe
 from prompts import cycle_prompts
@@ -120,7 +121,7 @@ def as_system(row, where):
         raise UserError(f"{where}: method {method} is unknown; "
                         f"give one of {', '.join(rivals.methods())}")
     concept = cell["concept"] or checkpoint.concept
-    refuse_minors(concept, f"{where}: concept")
+    check_words(method, concept, f"{where}: concept")
     return System(checkpoint.parts, method, concept, cell["name"], cell["make"])
 
 
@@ -203,14 +204,15 @@ def attack(name, setup, source, output, checkpoint=None):
     args, world = setup.args, setup.world
     words = ["python", "attack.py", name, "--model", world.model, "--recipe", args.recipe,
              "--prompts", source, "--count", str(args.attacks), "--output", output,
-             "--device", args.device, "--dtype", args.dtype, "--seed", str(args.seed)]
+             "--device", args.device, "--seed", str(args.seed)]
     if args.category:
         words += ["--category", args.category]
     uses = rivals.find(ATTACKS, name, "attack").uses
-    for option in ("steps", "eta", "guidance", "resolution", "batch_size", "unsafe_labels"):
+    for option in ("steps", "eta", "guidance", "resolution", "batch_size", "unsafe_labels",
+                   "dtype"):
         value = getattr(args, option)
         if option in uses and value is not None:
-            words += [f"--{option.replace('_', '-')}", str(value)]
+            words += [spelled(option), str(value)]
     words += options
     looked_at = [source, states_of(source), locate(world.model), world.clip, world.concept_pairs,
                  os.path.join(ROOT, "attack.py"), *files_of_code(ATTACKS[name]), *weights]
@@ -346,8 +348,7 @@ def compare_systems(setup, every_system, systems, files, before, evaluate):
 
 def seconds_per_picture(system, setup, file, count=32):
     """Wall time of drawing a batch of pictures, the second time it is done."""
-    policy = load_system(system, setup.world.model, setup.device, setup.dtype,
-                         setup.args.concept)
+    policy = load_system(system, setup.world.model, setup.device, setup.dtype)
     method = choose_method(system.method)
     prompts, seeds = cycle_prompts(file.prompts, count, 0)
     for _ in range(2):

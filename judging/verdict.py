@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from tqdm import tqdm
 
-from judging.compare import blanks, compare
+from judging.compare import compare, no_pictures
 from judging.report import rounded, to_markdown
 from judging.rows import System, draw_row, open_file
 from model import Policy
@@ -45,5 +45,5 @@ def judge_run(policy, judges, held_out, labels, args, card):
     write(os.path.join(args.output_dir, "verdict.json"), verdict)
     write(os.path.join(args.output_dir, "README.md"), card(headline))
     print(headline)
-    for sentence in blanks(files, seen):
+    for sentence in no_pictures(files, seen):
         print(sentence, file=sys.stderr)

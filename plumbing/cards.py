@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from plumbing import processes
+from plumbing.options import spelled
 from plumbing.worlds import locate, overridden
 
 # columns of metrics.jsonl that are not parts of a reward
@@ -27,7 +28,7 @@ def run_card(args, policy, trained, data, machine):
     total = sum(p.numel() for p in policy.unet.parameters())
     weights = sum(p.numel() for p in trained.values())
     reward = args.reward or f"{args.clip_weight:g} CLIP - max({args.unsafe_labels})"
-    if args.benign_weight and data.benign:
+    if args.benign_weight and data.benign and args.benign_share:
         reward += f"; benign prompts are pulled towards the base with weight {args.benign_weight:g}"
     device, dtype, why = machine
     lines = [
@@ -76,7 +77,7 @@ def recipe_line(args, on_top=None):
 
     on_top: {option: value}, settings that override the recipe's (an edit's own).
     """
-    changed = [f"--{option.replace('_', '-')} {ours} instead of {theirs}"
+    changed = [f"{spelled(option)} {ours} instead of {theirs}"
                for option, (theirs, ours) in overridden(args, on_top or {}).items()]
     return args.recipe + (": " + ", ".join(changed) if changed else "")
 

@@ -1,124 +1,31 @@
-"""A run that resumes where it was cut off, and the names by which its weights are given.
-
-A checkpoint's name is PART[@WEIGHT](+PART[@WEIGHT])…, a part being a folder of weights or a LoRA
-file, "base" for the base model; LoRAs add: out/shield+out/task@0.5. A last part that is a method's
-name says how pictures are drawn: out/shield+sld-medium, base+negative:bare skin.
-"""
-import filecmp
+"""A run that resumes where it was cut off: its folder, its settings, its checkpoints."""
 import glob
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import sys
-from dataclasses import dataclass
 
-from plumbing.files import make_folder, write
-from plumbing.options import UserError
-from plumbing.worlds import DEFAULT_MODEL, locate, read_json, read_world
+from plumbing.files import check_places, make_folder, write
+from plumbing.options import UserError, spelled
+from plumbing.worlds import DEFAULT_MODEL, locate, read_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-# ---- the grammar of a checkpoint's name ----------------------------------------------------------
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a name such as out/a+out/b@0.5+negative:skin means."""
-    parts: tuple = ()           # of (path, weight); none: the base model
-    method: str | None = None
-    concept: str = ""           # the method's words, after its colon
-
-    @property
-    def folder(self):
-        """The first part's path, or None for the base model."""
-        return self.parts[0][0] if self.parts else None
-
-
-def parse_checkpoint(text, is_method=lambda name: False):
-    """A name -> Checkpoint. UserError where a part is empty or its weight is no number."""
-    parts, pieces, method, concept = [], text.split("+"), None, ""
-    for i in range(1, 0 if os.path.exists(text) else len(pieces)):
-        name, _, words = "+".join(pieces[i:]).partition(":")
-        if is_method(name):
-            method, concept, pieces = name, words, pieces[:i]
-            break
-    while pieces:
-        taken = next((n for n in range(len(pieces), 0, -1)     # a path may hold a + of its own
-                      if is_there("+".join(pieces[:n]))), 1)
-        part = "+".join(pieces[:taken])
-        pieces = pieces[taken:]
-        weight = 1.
-        if "@" in part and not os.path.exists(part):
-            part, _, given = part.rpartition("@")
-            try:
-                weight = float(given)
-                if not math.isfinite(weight) or part == "base":
-                    raise ValueError
-            except ValueError:
-                raise UserError(f"--checkpoint: {text} has the weight {given!r}; "
-                                "a LoRA takes a number after @, as in out/task@0.5") from None
-        if not part:
-            raise UserError(f"--checkpoint: {text} has an empty part; "
-                            "a name is PART[@WEIGHT]+PART[@WEIGHT]…")
-        if part != "base":
-            parts.append((part, weight))
-    return Checkpoint(tuple(parts), method, concept)
-
-
-def is_there(part):
-    """Whether a PART or PART@WEIGHT names an existing path."""
-    path, _, weight = part.rpartition("@")
-    return os.path.exists(part) or (os.path.exists(path) and "+" not in weight)
-
-
-def base_of(checkpoint, model=None):
-    """The base model: as given, else what the checkpoint's first run was trained from."""
-    for path, _ in checkpoint.parts if checkpoint and not model else ():
-        if os.path.isfile(os.path.join(path, "model_index.json")):
-            return path                                 # a pipeline is its own base
-        if os.path.isfile(os.path.join(path, "args.json")):
-            return read_args(path, "--checkpoint").get("model", DEFAULT_MODEL)
-    return model or DEFAULT_MODEL
-
-
-def choose_settings(args, checkpoint):
-    """For parse_with_recipe: the model's recipe, and what a checkpoint's own run was drawn with.
-
-    checkpoint: a Checkpoint, or None for the base model. --recipe overrides the run.
-    """
-    recipe, own = read_world(base_of(checkpoint, args.model)).recipe, {}
-    if checkpoint and checkpoint.folder and not args.recipe:
-        if os.path.isfile(os.path.join(checkpoint.folder, "args.json")):
-            run_args = read_args(checkpoint.folder, "--checkpoint")
-            own = {name: run_args[name] for name in ("steps", "eta", "guidance")
-                   if name in run_args}
-            if not run_args.get("recipe", ".json").endswith(".json"):
-                recipe = run_args["recipe"]             # a file of the user's may be gone
-    return recipe, own
-
-
-def newest_run(model=None):
-    """The run in out/ that was finished last, of this model if one is named, or None."""
-    runs = []
-    for path in glob.glob("out/*/args.json"):
-        folder = os.path.dirname(path)
-        for name in (LORA_FILE, "unet"):
-            weights = os.path.join(folder, name)
-            if os.path.exists(weights):
-                of_model = read_args(folder, "--checkpoint").get("model", DEFAULT_MODEL)
-                if model is None or is_same_base(of_model, model):
-                    runs.append((os.path.getmtime(weights), folder))
-                break
-    return max(runs)[1] if runs else None
 
 
 # ---- a run's folder ------------------------------------------------------------------------------
 
 def read_args(folder, option="--output-dir"):
-    """A run's args.json, {option: value}."""
-    return read_json(os.path.join(folder, "args.json"), option)
+    """A run's args.json, {option: value}. UserError where it is damaged."""
+    path = os.path.join(folder, "args.json")
+    found = read_json(path, option)
+    for name in ("model", "recipe"):
+        if not isinstance(found.get(name, ""), str):
+            raise UserError(f"{option}: {path} says that {name} is {found[name]!r}, where a text "
+                            "is needed")
+    return found
 
 
 FILES = ("prompts", "benign", "held_out")       # options whose values are files or texts
@@ -133,11 +40,15 @@ def as_recorded(args):
     kept["sha256"] = {}
     if os.path.isdir(args.model) and not is_same_folder(args.model, DEFAULT_MODEL):
         kept["model"] = os.path.abspath(args.model)
+    kept["base"] = base_hash(args.model)
     for option in FILES:
         for i, path in enumerate(kept.get(option) or []):
             if os.path.isfile(path):
                 kept[option][i] = os.path.abspath(path)
-                kept["sha256"][kept[option][i]] = sha256_of(path)
+                states = os.path.splitext(path)[0] + ".safetensors"     # an attack's
+                kept["sha256"][kept[option][i]] = sha256_of(path, states)
+    if args.recipe.endswith(".json"):
+        kept["recipe"] = os.path.abspath(args.recipe)
     if kept.get("reward"):                              # FILE:FUNCTION
         path, _, function = kept["reward"].rpartition(":")
         kept["reward"] = f"{os.path.abspath(path)}:{function}"
@@ -145,9 +56,13 @@ def as_recorded(args):
     return kept
 
 
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(*paths):
+    """The hash of the content of those files that are there, one after the other."""
+    digest = hashlib.sha256()
+    for path in filter(os.path.isfile, paths):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def check_folder(args):
@@ -156,31 +71,53 @@ def check_folder(args):
     --epochs and --iterations may be raised; any other change is another run, unless nothing was
     saved of this one yet.
     """
-    make_folder(args.output_dir)
+    folder = args.output_dir
+    make_folder(folder)
+    check_places(folder, ("args.json", "metrics.jsonl", "curve.png", "README.md", "verdict.json",
+                          LORA_FILE), ("checkpoints", "samples", "unet"))
+    holds = [name for name in (LORA_FILE, "unet", "model_index.json", "README.md")
+             if os.path.exists(os.path.join(folder, name))]
+    if not os.path.exists(os.path.join(folder, "args.json")):
+        if holds:
+            raise UserError(f"--output-dir: {folder} holds {holds[0]}, which no run of this "
+                            "program's made there; give another folder")
+        return json.dumps(as_recorded(args), indent=1)
     ours = as_recorded(args)
-    has_work = read_pointer(os.path.join(args.output_dir, "checkpoints")) or any(
-        os.path.exists(os.path.join(args.output_dir, name)) for name in (LORA_FILE, "unet"))
-    if has_work and os.path.exists(os.path.join(args.output_dir, "args.json")):
-        theirs = read_args(args.output_dir)
+    saved = saved_epochs(os.path.join(folder, "checkpoints"))
+    if saved or holds:
+        theirs = read_args(folder)
         if "recipe" not in theirs:
-            raise UserError(f"--output-dir: {args.output_dir} was made by this program's first "
-                            "edition and can't be resumed; give another folder (its weights "
-                            "still load with --checkpoint)")
-        may_change = {"epochs", "iterations", "output_dir", "sha256"}
-        changed = [name for name in sorted({*ours, *theirs} - may_change)
-                   if not is_same(name, ours, theirs)]
-        if changed:
-            what = ", ".join(f"--{name.replace('_', '-')} was {theirs.get(name)}, "
-                             f"is {ours.get(name)}" for name in changed[:4])
-            if all(ours.get(name) == theirs.get(name) for name in changed):
-                what += ", with another content"
-            raise UserError(f"--output-dir: {args.output_dir} holds another run ({what}); "
-                            "give another folder")
-        if theirs.get("epochs") != ours.get("epochs") and ours.get("lr_schedule") == "linear":
-            print(f"--epochs: {ours['epochs']} instead of {theirs['epochs']}: the rate now falls "
-                  "to 0 at another epoch, so this is not the run that begins with this many",
-                  file=sys.stderr)
+            raise UserError(f"--output-dir: {folder} was made by this program's first edition and "
+                            "can't be resumed; give another folder (its weights still load with "
+                            "--checkpoint)")
+        check_same_run(folder, ours, theirs)
+        check_length(ours, theirs, saved)
     return json.dumps(ours, indent=1)
+
+
+def check_same_run(folder, ours, theirs):
+    """UserError where two runs' args differ in more than their length."""
+    may_change = {"epochs", "iterations", "output_dir", "sha256", "base"}
+    changed = [name for name in sorted({*ours, *theirs} - may_change)
+               if not is_same(name, ours, theirs)]
+    if not changed:
+        return
+    what = ", ".join(f"{spelled(name)} was {theirs.get(name)}, is {ours.get(name)}"
+                     for name in changed[:4])
+    if all(ours.get(name) == theirs.get(name) for name in changed):
+        what += ", with another content"
+    raise UserError(f"--output-dir: {folder} holds another run ({what}); give another folder")
+
+
+def check_length(ours, theirs, saved):
+    """UserError where less is asked for than was saved; more is said where it is another run."""
+    name = "epochs" if "epochs" in ours else "iterations"
+    if saved and ours[name] < max(saved):
+        raise UserError(f"--{name}: {ours[name]} is given, and {max(saved)} are done; "
+                        "give as many at least")
+    if theirs.get(name) != ours[name] and ours.get("lr_schedule") == "linear":
+        print(f"--{name}: {ours[name]} instead of {theirs.get(name)}: the rate now falls to 0 at "
+              "another epoch, so this is not the run that begins with this many", file=sys.stderr)
 
 
 def is_same(name, ours, theirs):
@@ -189,18 +126,26 @@ def is_same(name, ours, theirs):
         values = kept.get(name)
         several = values if isinstance(values, list) else [values]
         return [kept.get("sha256", {}).get(value, value) for value in several]
-    if name == "model" and None not in (ours.get(name), theirs.get(name)):
-        return is_same_base(ours[name], theirs[name])
+    if name == "model" and ours["base"]:
+        return ours["base"] == theirs.get("base")
     return content(ours) == content(theirs)
 
 
+# ---- what a base is ------------------------------------------------------------------------------
+
+def was_trained_on(run_args, model):
+    """Whether a run's base is this model, wherever either lies."""
+    base = run_args.get("base")
+    if base:
+        return base == base_hash(model)
+    return is_same_base(run_args.get("model", DEFAULT_MODEL), model)
+
+
 def is_same_base(one, other):
-    """Whether two models, folders or hub ids, are one: the same folder, or files that are equal."""
+    """Whether two models, folders or hub ids, are one: the same folder, or the same weights."""
     if is_same_folder(one, other):
         return True
-    files, theirs = files_of(locate(one)), files_of(locate(other))
-    return (bool(files) and list(files) == list(theirs)
-            and all(filecmp.cmp(files[name], theirs[name], shallow=False) for name in files))
+    return base_hash(one) is not None and base_hash(one) == base_hash(other)
 
 
 def is_same_folder(one, other):
@@ -211,7 +156,23 @@ def files_of(folder):
     """{path in a pipeline's folder: the path} of what draws: weights, configs, vocabulary."""
     found = [path for part in ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
              for path in sorted(glob.glob(os.path.join(glob.escape(folder), part, "*")))]
-    return {os.path.relpath(path, folder): path for path in found}
+    return {os.path.relpath(path, folder): path for path in found if os.path.isfile(path)}
+
+
+def base_hash(model):
+    """What a model is, wherever it lies: a hash of its files, or None where there are none.
+
+    Of a file of more than a megabyte its size and its last megabyte stand for all of it: another
+    training changes every part of the weights, and gigabytes are not read at every start.
+    """
+    digest, most = hashlib.sha256(), 2 ** 20
+    files = files_of(locate(model))
+    for name, path in files.items():
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most))
+            digest.update(f"{name} {size}".encode() + file.read())
+    return digest.hexdigest() if files else None
 
 
 def write_metrics(folder, metrics):
@@ -275,8 +236,8 @@ def load_checkpoint(folder, device="cpu", epoch=None):
 def read_pointer(folder):
     try:
         with open(os.path.join(folder, "latest.json"), encoding="utf-8") as file:
-            return [{"file": entry["file"], "sha256": entry["sha256"]}
-                    for entry in json.load(file)]
+            return [{"file": entry["file"], "sha256": entry["sha256"]} for entry in json.load(file)
+                    if re.fullmatch(r"epoch_\d+\.pt", entry["file"])]
     except (OSError, ValueError, TypeError, KeyError):
         return []
 

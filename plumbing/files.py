@@ -7,7 +7,7 @@ from plumbing.options import UserError
 def write(path, data, option="--output-dir"):
     """Bytes or text into path, whole or not at all; a full disk ends the run with a sentence."""
     if isinstance(data, str):
-        data = data.encode()
+        data = data.encode(errors="backslashreplace")   # a path need not be UTF-8
     unfinished = f"{path}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -21,6 +21,18 @@ def write(path, data, option="--output-dir"):
             os.remove(unfinished)
         raise UserError(f"{option}: {path} could not be written ({error.strerror}); what was saved "
                         "before stays, and the same command can be given again") from None
+
+
+def check_places(folder, files, folders=(), option="--output-dir"):
+    """UserError where something is in the way of what will be written into a folder."""
+    for name in files:
+        if os.path.isdir(os.path.join(folder, name)):
+            raise UserError(f"{option}: {os.path.join(folder, name)} is a folder, where a file "
+                            "will be written; give another folder")
+    for name in folders:
+        if os.path.isfile(os.path.join(folder, name)):
+            raise UserError(f"{option}: {os.path.join(folder, name)} is a file, where a folder "
+                            "will be made; give another folder")
 
 
 def make_folder(path, option="--output-dir"):

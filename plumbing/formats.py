@@ -3,19 +3,22 @@
 No network is loaded, and torch is not needed. What can't be read ends in one sentence that says
 what was found. recognise is where another form of a checkpoint becomes one that is read.
 """
+import math
 import os
 import re
 
 from safetensors import SafetensorError, safe_open
 
 from plumbing.checkpoints import LORA_FILE
-from plumbing.options import UserError
+from plumbing.options import UserError, first_line
 from plumbing.worlds import locate, read_json
 
 PEFT_FILE = "adapter_model.safetensors"
+KOHYA_FILE = LORA_FILE.replace(".", "_kohya.")          # a second form of the file beside it
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
          "text_encoder": "model"}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+LORA_PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
 ONLY = "give a folder or hub id of Stable Diffusion 1.x's or 2.x's form"
 
 # What a hub's repository is asked for.
@@ -52,12 +55,22 @@ CONTENTS = [
     (r"^(unet\.)?(down_blocks|mid_block|up_blocks)\.(?!.*lora)", "some of a UNet's own weights"),
     (r"^(decoder|encoder)\.conv_in\.", "a VAE's weights"),
     (r"^(text_model|encoder\.layers)\.(?!.*lora)", "a text encoder's weights"),
+    (r"\.lora_[AB]\S*\.weight$|lora\S*[._](down|up)\.weight$", "a LoRA"),
 ]
 
 
-def first_line(error):
-    """The beginning of what an error says, for a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+def check_spacing(timesteps, count):
+    """ValueError where the denoising steps leave out a part of a scheduler's `count` timesteps.
+
+    timesteps: a list, falling. Its spacing is rounded down to whole numbers, so that 600 steps of
+    1000 timesteps would start at the 600th, far below the noise that a picture starts from.
+    """
+    left_out = count - timesteps[0] - count / max(2, len(timesteps))
+    if left_out > .15 * count or timesteps[-1] < 0:
+        fitting = [n for n in range(2, count) if count % n == 0]
+        near = min(fitting, key=lambda n: abs(n - len(timesteps)))
+        raise ValueError(f"they would go from timestep {timesteps[0]} of {count} to "
+                         f"{timesteps[-1]}; give {near}")
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -93,13 +106,16 @@ def damage(path, error):
 def weight_files(folder, stem, option):
     """The paths of the safetensors files, one or several, that hold a network's weights."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    if f"{stem}.safetensors" in names:
-        return [os.path.join(folder, f"{stem}.safetensors")]
-    index = f"{stem}.safetensors.index.json"
+    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    # of both transformers takes the single file, and diffusers those of the index
+    if single in names and (index not in names or stem == STEMS["text_encoder"]):
+        return [os.path.join(folder, single)]
     if index in names:
         files = read_json(os.path.join(folder, index), option).get("weight_map")
-        if not isinstance(files, dict) or not files:
-            raise UserError(f"{option}: {os.path.join(folder, index)} has no weight_map")
+        if not isinstance(files, dict) or not files or not all(
+                isinstance(name, str) for name in files.values()):
+            raise UserError(f"{option}: {os.path.join(folder, index)} has no weight_map of names "
+                            "of files; get the file again")
         return [os.path.join(folder, name) for name in sorted(set(files.values()))]
     variants = [name for name in names
                 if name.startswith(f"{stem}.") and name.endswith(".safetensors")]
@@ -114,11 +130,14 @@ def weight_files(folder, stem, option):
 
 
 def read_shapes(folder, stem, option):
-    """{name: shape} of all weights of a network in a folder."""
+    """{name: shape} of all weights of a network in a folder.
+
+    Published text encoders' names begin with text_model., the modules' in transformers do not.
+    """
     shapes = {}
     for path in weight_files(folder, stem, option):
         shapes |= read_header(path, option)[0]
-    return shapes
+    return {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
 
 
 def what_holds(names):
@@ -136,6 +155,7 @@ def recognise(path, option="--checkpoint"):
     """What a part of a checkpoint holds: a list of ("unet", its folder) and ("lora", its file).
 
     A folder of train.py's or erase.py's, a pipeline, a folder of peft's, or a LoRA's file.
+    UserError where a folder holds weights that would not be read.
     """
     if os.path.isfile(path):
         if path.endswith(PICKLES):
@@ -143,21 +163,56 @@ def recognise(path, option="--checkpoint"):
                             "convert it to safetensors")
         return [("lora", path)]
     if not os.path.isdir(path):
-        raise UserError(f"{option}: {path} has neither {LORA_FILE} nor unet/: it does not exist")
-    found = []
+        why = "it is a link to nothing" if os.path.islink(path) else "it does not exist"
+        raise UserError(f"{option}: {path} has neither {LORA_FILE} nor unet/: {why}")
+    names, unet, found = sorted(os.listdir(path)), os.path.join(path, "unet"), []
     for name in (LORA_FILE, PEFT_FILE, f"unet/{PEFT_FILE}", f"text_encoder/{PEFT_FILE}"):
-        if os.path.isfile(os.path.join(path, name)):
-            found.append(("lora", os.path.join(path, name)))
-    unet = os.path.join(path, "unet")
-    if os.path.isdir(unet) and not os.path.isfile(os.path.join(unet, PEFT_FILE)):
+        file = os.path.join(path, name)
+        if os.path.isfile(file):
+            found.append(("lora", file))
+        elif os.path.lexists(file):
+            raise UserError(f"{option}: {file} is a folder or a link to nothing; get the file")
+    if os.path.isdir(unet) and ("lora", os.path.join(unet, PEFT_FILE)) not in found:
         weight_files(unet, STEMS["unet"], option)
         found.insert(0, ("unet", unet))
     if not found:
-        names = sorted(os.listdir(path))
         weights = [name for name in names if name.endswith((".safetensors", *PICKLES))]
-        held = f"it holds {', '.join((weights or names)[:4]) or 'nothing'}"
-        raise UserError(f"{option}: {path} has neither {LORA_FILE} nor unet/: {held}")
+        convert = "; convert a pickle to safetensors" if set(weights) & set(LORA_PICKLES) else ""
+        raise UserError(f"{option}: {path} has neither {LORA_FILE} nor unet/: it holds "
+                        f"{', '.join((weights or names)[:4]) or 'nothing'}{convert}")
+    if "model_index.json" in names:                     # beside it a pipeline's single-file form
+        names = []
+    unread = [name for name in names if name in LORA_PICKLES or name.endswith(".safetensors")
+              and name.replace(".safetensors", ".csv") not in names]    # an attack's text states
+    for part in ("unet", "text_encoder"):
+        if ("lora", os.path.join(path, part, PEFT_FILE)) in found:
+            unread += [f"{part}/{name}" for name in sorted(os.listdir(os.path.join(path, part)))
+                       if name.endswith((".safetensors", *PICKLES))]
+    unread = [name for name in unread if os.path.basename(name) not in (LORA_FILE, PEFT_FILE,
+                                                                        KOHYA_FILE)]
+    if unread:
+        raise UserError(f"{option}: {path} holds {unread[0]}, too, which is not read; take it out, "
+                        "or give the one file that is meant")
     return found
+
+
+# what a UNet was trained to predict, and what a scheduler is that does not say it
+TRAINED_WITH = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "beta_start": None,
+                "beta_end": None, "beta_schedule": "linear", "trained_betas": None,
+                "num_train_timesteps": 1000}
+
+
+def check_noise(part, base, option="--checkpoint"):
+    """UserError where a part's own scheduler, if it has one, is of other noise than the base's."""
+    file = os.path.join("scheduler", "scheduler_config.json")
+    if not os.path.isfile(os.path.join(part, file)):
+        return
+    own, bases = (read_json(os.path.join(folder, file), option) for folder in (part, base))
+    for key, default in TRAINED_WITH.items():
+        one, other = (config.get(key, default) or default for config in (own, bases))
+        if one != other:
+            raise UserError(f"{option}: {key} in {part}/{file} is {one!r}, and the base's is "
+                            f"{other!r}; give {part} as --model")
 
 
 # ---- a base --------------------------------------------------------------------------------------
@@ -174,8 +229,9 @@ def local_folder(name, option="--model", files=PIPELINE_FILES):
     if os.path.isfile(folder):
         if folder.endswith(PICKLES):
             raise UserError(f"{option}: {name} is a single file, a pickle; {ONLY}")
-        shapes, _ = read_header(folder, option)
-        raise UserError(f"{option}: {name} is {what_holds(shapes)}; {ONLY}")
+        kind = what_holds(read_header(folder, option)[0])
+        raise UserError(f"{option}: {name} is {kind}; {ONLY}"
+                        f"{', and the LoRA with --checkpoint' if kind == 'a LoRA' else ''}")
     if not is_hub_id(name):
         example = "openai/clip-vit-large-patch14" if files is CLIP_FILES else \
             "CompVis/stable-diffusion-v1-4"
@@ -220,15 +276,24 @@ VAES = ("AutoencoderKL", "AutoencoderTiny")
 
 def check_base(folder, option="--model"):
     """UserError where a pipeline is not one that model.py draws with."""
+    parts = [name for name in ("unet", LORA_FILE, PEFT_FILE)
+             if os.path.exists(os.path.join(folder, name))]
+    if parts and not os.path.exists(os.path.join(folder, "text_encoder", "config.json")) \
+            and not os.path.exists(os.path.join(folder, "vae")):
+        raise UserError(f"{option}: {folder} is no base: it has {parts[0]} and neither "
+                        "text_encoder/ nor vae/; give it with --checkpoint, and its base here")
     check_unet(folder, folder, option)
     vae = read_config(folder, "vae", option)
     if vae.get("_class_name") not in VAES:
         raise UserError(f"{option}: {folder}/vae is a {vae.get('_class_name')}; "
                         f"{' or '.join(VAES)} is needed")
     scaling = vae.get("scaling_factor", .18215)
-    if not is_number(scaling) or scaling <= 0:
+    if not is_number(scaling) or not 1e-4 < scaling < 1e4:
         raise UserError(f"{option}: scaling_factor in {folder}/vae/config.json is {scaling!r}; a "
                         "number above 0 is needed, .18215 in Stable Diffusion")
+    if vae.get("out_channels", 3) != 3:
+        raise UserError(f"{option}: out_channels in {folder}/vae/config.json is "
+                        f"{vae['out_channels']!r}; 3 are needed, for red, green and blue")
     check_scheduler(folder, option)
     check_tokenizer(os.path.join(folder, "tokenizer"), option)
     for part, stem in STEMS.items():
@@ -250,8 +315,13 @@ def check_unet(holder, base, option):
     if text.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
         raise UserError(f"{option}: {base}/text_encoder is a {text['model_type']}, not CLIP's; "
                         f"{ONLY}")
+    text = text.get("text_config", text)
+    if not isinstance(text, dict) or text.get("use_attention_mask"):
+        wrong = "text_config" if not isinstance(text, dict) else "use_attention_mask"
+        raise UserError(f"{option}: {wrong} in {base}/text_encoder/config.json is not as in Stable "
+                        f"Diffusion, whose texts are read without a mask; {ONLY}")
     taken = config.get("cross_attention_dim", 1280)
-    given = text.get("text_config", text).get("hidden_size", 512)
+    given = text.get("hidden_size", 512)
     if any(width != given for width in (taken if isinstance(taken, list) else [taken])):
         raise UserError(f"{option}: {unet} takes text states of width {taken}, and "
                         f"{base}/text_encoder gives {given}; they are of different models")
@@ -295,12 +365,28 @@ def check_scheduler(folder, option):
                         f"and {config['beta_end']}; 0 < beta_start <= beta_end < 1 is needed, "
                         ".00085 and .012 in Stable Diffusion")
     steps = config.get("num_train_timesteps", 1000)
-    if type(steps) is not int or steps < 1:
+    if type(steps) is not int or not 1 <= steps <= 100_000:
         raise UserError(f"{option}: num_train_timesteps in {path} is {steps!r}; 1000 is usual")
+    if betas and len(betas) != steps:
+        raise UserError(f"{option}: trained_betas in {path} are {len(betas)} for {steps} "
+                        "num_train_timesteps; one each is needed")
     for key, known in SCHEDULES.items():
         if config.get(key, known[0]) not in known:
             raise UserError(f"{option}: {key} in {path} is {config[key]!r}; "
                             f"one of {', '.join(known)} is needed")
+    schedule = config.get("beta_schedule", "linear")
+    if not betas and schedule != "squaredcos_cap_v2":
+        power = {"linear": 1, "scaled_linear": 2}[schedule]
+        low, high = (config[key] ** (1 / power) for key in ("beta_start", "beta_end"))
+        betas = [(low + (high - low) * i / steps) ** power for i in range(steps)]
+    kept = math.exp(sum(math.log1p(-beta) for beta in betas or []))     # in SD .0047
+    if betas and not 1e-30 < kept < .9:
+        raise UserError(f"{option}: {path} has {steps} timesteps at whose last {kept:.1g} of the "
+                        "signal is left; 1000 with betas from .00085 to .012 are Stable "
+                        "Diffusion's, which leave .005")
+    if config.get("thresholding"):
+        raise UserError(f"{option}: {path} has thresholding, which is for models without a VAE; "
+                        "set it to false")
     if config.get("rescale_betas_zero_snr") and \
             config.get("prediction_type", "epsilon") == "epsilon":
         raise UserError(f"{option}: {path} has rescale_betas_zero_snr with prediction_type "

@@ -48,13 +48,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=HelpWithDefaults)
 
-    def checked(self, check, *arguments):
-        """check(*arguments); its UserError is the parser's."""
-        try:
-            return check(*arguments)
-        except UserError as error:
-            self.error(str(error))
-
     def given(self, argv=None):
         """The names in args of the options that the user gave, a set."""
         words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
@@ -87,6 +80,16 @@ class Parser(argparse.ArgumentParser):
         return re.sub(r"expected .*argument.*", "a value is needed after it", message)
 
 
+def spelled(name):
+    """An option's name in args as the user writes it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def first_line(error):
+    """The beginning of what an error says, for a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+
+
 def fail(sentence, code=2):
     print(sentence, file=sys.stderr)
     sys.exit(code)
@@ -106,27 +109,35 @@ def explain(error, args=None):
 
     ("", 1) for any other, which is a fault of the program's and keeps its traceback.
     """
-    text = f"{type(error).__name__}: {error}"
     if isinstance(error, UserError):
         return " ".join(str(error).splitlines()), error.code     # a path may hold a line's end
     if isinstance(error, KeyboardInterrupt):
         return "stopped; what was saved so far stays", 130
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is not installed; pip install -r requirements.txt", 2
-    if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
-        options = [f"--{name.replace('_', '-')}" for name in LESS_MEMORY if hasattr(args, name)]
+    if is_out_of_memory(error):
+        options = [spelled(name) for name in LESS_MEMORY if hasattr(args, name)]
         remedy = f"; less is needed with {', '.join(options)}" if options else ""
         return f"out of memory{remedy}; what was saved so far stays", 1
     if isinstance(error, BrokenPipeError):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")    # python flushes it at the end
         return "nobody reads what it prints any more; what was saved so far stays", 141
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename}); what was saved so far stays", 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = error.filename or "where its output goes"
+        return f"the disk is full ({where}); what was saved so far stays", 2
     return "", 1
 
 
-OUT_OF_MEMORY = r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory"
-LESS_MEMORY = ("batch_size", "gradient_checkpointing", "resolution", "population")
+OUT_OF_MEMORY = ("OutOfMemoryError|[Oo]ut of memory|not enough memory|bad.alloc|"
+                 "[Cc]an(no|')t allocate memory|[Ff]ailed to allocate|ALLOC_FAILED|"
+                 "could not create a primitive|failed to map segment")
+LESS_MEMORY = ("batch_size", "gradient_checkpointing", "resolution", "population", "rank")
+
+
+def is_out_of_memory(error):
+    """Whether an exception, of whatever library, says that memory ran out."""
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, MemoryError) or bool(re.search(OUT_OF_MEMORY, text))
 
 
 def run(main, args):

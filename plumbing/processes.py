@@ -7,8 +7,7 @@ process's to rounding.
 import os
 import sys
 
-from plumbing.formats import first_line
-from plumbing.options import UserError
+from plumbing.options import UserError, first_line
 
 ENDED = ("another process of this run has ended; this one ends too, "
          "and the same command resumes from the last checkpoint")

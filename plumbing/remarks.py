@@ -1,8 +1,11 @@
 """What is said of prompts before anything is drawn: once each, on stderr, or as the refusal."""
 import functools
 import sys
+import unicodedata
+from collections import Counter
 
 from plumbing.options import UserError
+from plumbing.refusal import refuse_minors
 from plumbing.tables import named
 
 PASSED_OVER = {                         # other columns that say how to draw: what decides instead
@@ -32,16 +35,66 @@ def say_passed_over(rows, source, option):
 
 def say_own(prompts, option="--prompts"):
     """Say what prompts bring of their own, which goes before the options."""
+    rows = {id(prompt): prompt for prompt in prompts}.values()      # one may be drawn several times
     for name in ("seed", "guidance"):
-        count = sum(getattr(prompt, name) is not None for prompt in prompts)
+        count = sum(getattr(prompt, name) is not None for prompt in rows)
         if count:
-            say_once(f"{option}: {count} of {len(prompts)} prompts bring a {name} of their own, "
+            say_once(f"{option}: {count} of {len(rows)} prompts bring a {name} of their own, "
                      f"which goes before --{name}")
 
 
+def say_twice(prompts, option="--prompts"):
+    """Say how many rows give a picture that another row gives, too."""
+    rows = {id(prompt): prompt for prompt in prompts}.values()
+    counts = Counter((same(p), p.states, p.seed, p.guidance) for p in rows if p.seed is not None)
+    twice = sum(count for count in counts.values() if count > 1)
+    if twice:
+        say_once(f"{option}: {twice} rows have the text and the seed of another one; such pictures "
+                 "are the same, and each is counted")
+
+
+def check_guidance(prompts, guidance, methods):
+    """UserError where every prompt has a guidance of 1 and a negative prompt would do nothing.
+
+    Said where some have it. guidance: of prompts that bring none; methods: the names of those that
+    draw.
+    """
+    if "negative" not in methods:
+        return
+    count = sum((guidance if p.guidance is None else p.guidance) == 1 for p in prompts)
+    if count == len(prompts):
+        raise UserError("--guidance: 1 leaves the negative prompt out; give more, or another "
+                        "method")
+    if count:
+        say_once(f"--guidance: {count} of {len(prompts)} pictures have 1, which leaves the "
+                 "negative prompt out")
+
+
+def check_words(method, words, option):
+    """UserError where a method's own words mention minors, or it is plain and takes none."""
+    refuse_minors(words, option)
+    if words and method == "plain":
+        raise UserError(f"{option}: plain guidance steers away from nothing; leave {words!r} out, "
+                        "or give another method")
+
+
+def steering_words(method, *choices):
+    """The first of several words that there are: what a method steers away from."""
+    for words in choices:
+        if words and words.replace(",", "").strip():
+            return words
+    if method == "plain":
+        return ""
+    raise UserError(f"--concept: {method} needs words to steer away from, and the model's "
+                    "world.json has none; give some, with commas")
+
+
 def same(text):
-    """What a text encoder makes of a text: it knows neither capitals nor the width of a gap."""
-    return " ".join(str(text).lower().split())
+    """What a text encoder makes of a text.
+
+    It knows neither capitals, nor the width of a gap, nor how an accent is composed.
+    """
+    return " ".join(unicodedata.normalize("NFC", str(text)).lower().split())
 
 
 def shared(prompts, others):
@@ -67,7 +120,7 @@ def say_trained_on(held_out, prompts):
 
 
 def name_long(prompts, tokenizer, length, option="--prompts"):
-    """Name on stderr the prompts that have more tokens than the text encoder reads.
+    """Name on stderr the prompts or texts that have more tokens than the text encoder reads.
 
     tokenizer: a text encoder's; length: how many tokens it reads, with start and end; option: where
     the prompts are from.

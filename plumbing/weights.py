@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from safetensors import safe_open
+from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from plumbing.formats import (
     CLIP_FILES,
+    PEFT_FILE,
     STEMS,
     check_base,
+    check_noise,
     check_tokenizer,
     check_unet,
-    first_line,
     is_number,
     local_folder,
     read_config,
@@ -26,13 +27,14 @@ from plumbing.formats import (
     recognise,
     weight_files,
 )
-from plumbing.loras import read_lora
-from plumbing.options import UserError
+from plumbing.loras import call_small, read_lora, read_numbers
+from plumbing.options import UserError, first_line
 from plumbing.worlds import read_json
 
 # what a text encoder's file may hold beside it, where it was cut out of a CLIP
-OF_CLIP = re.compile(r"vision_model\.|text_projection|visual_projection|logit_scale|"
-                     r".*position_ids$")
+POSITIONS = re.compile(r".*position_ids")
+OF_CLIP = re.compile(r"(vision_model\.|text_projection|visual_projection|logit_scale).*|"
+                     + POSITIONS.pattern)
 
 
 @dataclass
@@ -52,8 +54,12 @@ def check_weights(model, parts=()):
     """
     base = local_folder(model)
     check_base(base)
-    found = [(kind, place, weight) for path, weight in parts for kind, place in recognise(path)]
-    whole = [(os.path.dirname(place), weight) for kind, place, weight in found if kind == "unet"]
+    found = [(path, weight, recognise(path)) for path, weight in parts]
+    for path, _ in parts:
+        if os.path.isdir(path) and not os.path.samefile(path, base):
+            check_noise(path, base)
+            check_same(path, base)
+    whole = [(path, weight) for path, weight, held in found if "unet" in dict(held)]
     if len(whole) > 1 or any(weight != 1 for _, weight in whole):
         names = ", ".join(f"{path}@{weight:g}" for path, weight in whole)
         raise UserError(f"--checkpoint: {names} are whole UNets, which do not add; "
@@ -72,20 +78,48 @@ def check_weights(model, parts=()):
                             f"its weights are missing or of another shape, such as {wrong[0]}")
     for part, stem in STEMS.items():
         is_parts = part == "unet" and whole
-        check_finite(os.path.join(unet if is_parts else base, part), stem,
-                     option if is_parts else "--model")
-    loras = [(read_lora(place, shapes), weight) for kind, place, weight in found if kind == "lora"]
+        for _ in numbers_of(os.path.join(unet if is_parts else base, part), stem,
+                            option if is_parts else "--model"):
+            pass                                        # each is finite
+    loras = [(halves, weight) for path, weight, held in found
+             for halves in read_loras(path, held, shapes)]
     return Weights(base, unet, option, loras)
 
 
-def check_finite(folder, stem, option):
-    """UserError where a network's weights have numbers that are not finite (seconds for SD)."""
+def read_loras(path, held, shapes):
+    """A part's LoRAs, one a network: a folder may hold the same one in several forms."""
+    files = [place for kind, place in held if kind == "lora"]
+    loras = [read_lora(file, shapes) for file in files]
+    networks = [network for halves in loras for network in halves]
+    if len(networks) > len(set(networks)):
+        raise UserError(f"--checkpoint: {path} holds several LoRAs of one network, "
+                        f"{' and '.join(os.path.relpath(file, path) for file in files)}; give one "
+                        "of these files")
+    return loras
+
+
+def check_same(part, base, option="--checkpoint"):
+    """UserError where a part has a text encoder or VAE of its own, other than the base's."""
+    for name in ("text_encoder", "vae"):
+        folders = [os.path.join(holder, name) for holder in (part, base)]
+        if not os.path.isdir(folders[0]) or os.path.isfile(os.path.join(folders[0], PEFT_FILE)):
+            continue
+        own, bases = ({key.removeprefix("text_model."): tensor
+                       for key, tensor in numbers_of(folder, STEMS[name], option)
+                       if not POSITIONS.fullmatch(key)} for folder in folders)
+        if own.keys() != bases.keys() or not all(torch.equal(own[key], bases[key]) for key in own):
+            raise UserError(f"{option}: {part} has a {name}/ of its own, which is not the base's "
+                            f"and would not be used; give {part} as --model, or take {name}/ out")
+
+
+def numbers_of(folder, stem, option):
+    """(name, tensor float32) of a network's weights, which are finite (seconds for SD)."""
     for path in weight_files(folder, stem, option):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                if not torch.isfinite(file.get_tensor(name)).all():
-                    raise UserError(f"{option}: {path} has numbers that are not finite, in {name}; "
-                                    "get the file again")
+        try:
+            yield from read_numbers(path)
+        except ValueError as error:
+            raise UserError(f"{option}: {path} can't be used: {error}; get the file "
+                            "again") from None
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -103,7 +137,8 @@ def load_network(cls, folder, subfolder="", option="--model"):
     if missing:
         raise UserError(f"{option}: {path} lacks {len(missing)} of its weights or has them in "
                         f"another shape, such as {missing[0]}; get the whole file")
-    left = sorted(name for name in info["unexpected_keys"] if not OF_CLIP.match(name))
+    may_be_left = OF_CLIP if cls is CLIPTextModel else POSITIONS
+    left = sorted(name for name in info["unexpected_keys"] if not may_be_left.fullmatch(name))
     if left:
         raise UserError(f"{option}: {path} has {len(left)} weights without a place, such as "
                         f"{left[0]}; its config.json is another model's")
@@ -139,13 +174,9 @@ def load_vae(folder):
 
 
 def load_unet(folder, option):
-    """A UNet, which has been called with the smallest latent that it takes."""
+    """A UNet, which has been called with a small latent."""
     unet = load_network(UNet2DConditionModel, folder, "unet", option)
-    config, width = unet.config, unet.config.cross_attention_dim
-    side = 2 ** (len(config.block_out_channels) - 1)
-    latent = torch.zeros(1, config.in_channels, side, side)
-    text = torch.zeros(1, 2, width if isinstance(width, int) else width[0])
-    check_call(os.path.join(folder, "unet"), option, lambda: unet(latent, 1, text).sample)
+    check_call(os.path.join(folder, "unet"), option, lambda: call_small(unet))
     return unet
 
 
@@ -170,12 +201,9 @@ def load_tokenizer(folder, encoder, option="--model"):
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         vocabulary = tokenizer.get_vocab()
         ids = tokenizer("").input_ids
-        # the words that were learned last need the whole list of merges
-        words = [word for word in sorted(vocabulary, key=vocabulary.get, reverse=True)
-                 if word.endswith("</w>") and len(word) > 5 and word[:-4].isalpha()
-                 and word.isascii()][:20]
-        are_read = any(tokenizer(word[:-4]).input_ids[1:-1] == [vocabulary[word]]
-                       for word in words)
+        words = last_words(vocabulary, 20)
+        are_read = words and all(tokenizer(word).input_ids[1:-1] == [vocabulary[f"{word}</w>"]]
+                                 for word in words)
         length = int(tokenizer.model_max_length)
     except Exception as error:                          # a broken file's errors are of any kind
         raise UserError(f"{option}: {folder} is no usable tokenizer ({first_line(error)}); "
@@ -193,6 +221,13 @@ def load_tokenizer(folder, encoder, option="--model"):
     return tokenizer
 
 
+def last_words(vocabulary, count):
+    """The words that a tokenizer learned last, which it reads only by its whole list of merges."""
+    return [word[:-4] for word in sorted(vocabulary, key=vocabulary.get, reverse=True)
+            if word.endswith("</w>") and len(word) > 5 and word[:-4].isalpha()
+            and word.isascii()][:count]
+
+
 def load_clip(name, option="--model"):
     """CLIP's (model, tokenizer, mean, standard deviation) of a folder or hub id.
 
@@ -203,14 +238,31 @@ def load_clip(name, option="--model"):
     if kind != "clip":
         raise UserError(f"{option}: {name} is of the type {kind}; a CLIPModel's folder is needed, "
                         "such as openai/clip-vit-large-patch14")
-    check_finite(folder, "model", option)
+    for _ in numbers_of(folder, "model", option):
+        pass                                            # each is finite
     config = os.path.join(folder, "preprocessor_config.json")
     colours = read_json(config, option)
-    for key in ("image_mean", "image_std"):
-        values = colours.get(key)
-        if not isinstance(values, list) or len(values) != 3 or not all(map(is_number, values)):
+    mean, std = colours.get("image_mean"), colours.get("image_std")
+    for key, values, low in (("image_mean", mean, 0), ("image_std", std, 1e-3)):
+        if not isinstance(values, list) or len(values) != 3 or not all(
+                is_number(value) and low <= value <= 1 for value in values):
             raise UserError(f"{option}: {key} in {config} is {values!r}; a number each for red, "
-                            "green and blue is needed")
+                            "green and blue is needed, of pictures in 0..1")
     model = load_network(CLIPModel, folder, option=option)
     tokenizer = load_tokenizer(folder, model.config.text_config, option)
-    return model, tokenizer, colours["image_mean"], colours["image_std"]
+    check_call(folder, option, lambda: tell_apart(model, tokenizer))
+    return model, tokenizer, mean, std
+
+
+def tell_apart(model, tokenizer):
+    """CLIP's unit embeddings of two pictures and of two words; ValueError where two are alike."""
+    size = model.config.vision_config.image_size
+    pictures = torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size)
+    words = tokenizer(last_words(tokenizer.get_vocab(), 2), return_tensors="pt")
+    found = (model.get_image_features(pixel_values=torch.cat([pictures, pictures.flip(3)])),
+             model.get_text_features(**words))
+    found = [normalize(getattr(one, "pooler_output", one), dim=-1) for one in found]
+    for what, (one, other) in zip(("pictures", "texts"), found, strict=True):
+        if torch.allclose(one, other, atol=1e-6):
+            raise ValueError(f"it can't tell {what} apart")
+    return torch.cat(found)

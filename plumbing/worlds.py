@@ -12,6 +12,7 @@ world.json, beside a model's weights; every key may be left out, paths are relat
 
 A folder or hub id without world.json has what stands in brackets, which suits Stable Diffusion.
 """
+import difflib
 import json
 import os
 import sys
@@ -46,6 +47,12 @@ class World:
     concept_pairs: str | None = None
     harmless: bool = False
     training_files: list = field(default_factory=list)      # of TrainingFile
+
+    @property
+    def clip_option(self):
+        """Where the CLIP is named, as errors begin."""
+        path = os.path.join(locate(self.model), "world.json")
+        return f"--model: clip in {path}" if os.path.isfile(path) else "--model"
 
     def training_file(self, path):
         """The entry of a prompt file, or None."""
@@ -139,13 +146,22 @@ def recipe_of(args, world):
     return args.recipe if is_named else world.recipe
 
 
-def set_recipe(parser, settings, source, strict=False):
-    """Make a recipe's settings the parser's defaults. strict: an unknown option is an error."""
+def check_recipe(parser, settings, source):
+    """UserError where a recipe has a key that neither this program nor recipes/ knows."""
+    known = {action.dest for action in parser._actions}
+    known |= set(read_recipe(World.recipe))             # recipes/ have the same keys
+    unknown = [option for option in settings if option not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"; did you mean {near[0]}?" if near else "; leave it out"
+        raise UserError(f"--recipe: {source} has an unknown option {unknown[0]!r}{hint}")
+
+
+def set_recipe(parser, settings, source):
+    """Make a recipe's settings the parser's defaults; what another program has is passed over."""
     for option, value in settings.items():
         action = next((a for a in parser._actions if a.dest == option), None)
         if action is None:
-            if strict:
-                raise UserError(f"--recipe: {source} has an unknown option {option!r}")
             continue
         if value is None:
             raise UserError(f"--recipe: {source} has {option} null; leave it out")
@@ -163,14 +179,14 @@ def set_recipe(parser, settings, source, strict=False):
         parser.set_defaults(**{option: value})
 
 
-def parse_with_recipe(parser, argv, choose, strict=False, show_recipe=True):
+def parse_with_recipe(parser, argv, choose, show_recipe=True):
     """Parse options whose defaults depend on what is given.
 
     choose(args) -> (the name of the model's recipe, {option: value} that overrides recipes). What
     --recipe names overrides the model's recipe, and may hold a few options of it; what the user
-    gives overrides everything. Returns args with `recipe` set to the name. strict: an option of the
-    recipe that the program lacks is an error; show_recipe: whether --help shows the values that it
-    would have with the other options that are given (not where an option is required).
+    gives overrides everything. Returns args with `recipe` set to the name.
+    show_recipe: whether --help shows the values that it would have with the other options that are
+    given (not where an option is required).
     """
     argv = sys.argv[1:] if argv is None else argv
     rest = [word for word in argv if word not in ("-h", "--help")]
@@ -181,7 +197,9 @@ def parse_with_recipe(parser, argv, choose, strict=False, show_recipe=True):
         models_own, overriding = choose(given)
         names = dict.fromkeys([models_own, given.recipe or models_own])
         for name in names:
-            set_recipe(parser, read_recipe(name), name, strict)
+            settings = read_recipe(name)
+            check_recipe(parser, settings, name)
+            set_recipe(parser, settings, name)
         set_recipe(parser, overriding, "args.json")
         parser.epilog = f"Values in [] are the recipe's ({name}) where it has them."
         args = parser.parse_args(argv)

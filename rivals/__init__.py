@@ -47,7 +47,7 @@ class Edit:
     weights: str                # regular expression: the names of the UNet's weights that learn
     prepare: callable = None    # (job, prompts, benign, labels) -> extra trained tensors, or None
     uses: tuple = ()            # the options that it looks at and not every edit does
-    has_teacher: bool = False   # whether an average of the weights is kept, and saved in the end
+    keeps_average: bool = False     # whether the weights' average is kept, and saved in the end
     ramps: bool = False         # whether the average's decay starts at 0, as diffusers' does
     max_grad_norm: float = float("inf")     # gradients are clipped to this norm, over all weights
     settings: dict = field(default_factory=dict)        # {recipe: {option: value}}; lora_lr is lr
@@ -61,7 +61,7 @@ class Job:
     schedule: object
     trained: dict               # {name: parameter}: what learns
     start: dict                 # {name: tensor}: the same before training
-    teacher: dict = None        # {name: tensor}: their average, for an edit that has a teacher
+    average: dict = None        # {name: tensor}: their average, for an edit that keeps one
     data: object = None         # what prepare made for the steps
     draw: callable = None       # (prompts, seeds) -> pictures uint8 (N, H, W, 3), under guidance
 

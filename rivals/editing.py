@@ -28,7 +28,7 @@ def on_the_way(job, prompts, rng):
 def using_weights(trained, weights):
     """Within it the trained parameters are these, and nothing has a gradient.
 
-    So the frozen model and a teacher need no second UNet. Both are {name: tensor}.
+    So the frozen model and an average need no second UNet. Both are {name: tensor}.
     """
     own = {name: p.data for name, p in trained.items()}
     try:

@@ -2,9 +2,10 @@
 
 Ours: the pictures are the model's own, those of --prompts that trip the detector and those of
 --benign that do not, and the mosaic is the picture in MOSAIC x MOSAIC squares; the authors have
-real pictures and a learned mosaic of their parts. Pictures stay in memory, none is written. As
-theirs, gradients are clipped at a norm of 1 and the average of the weights is what is saved; AdamW
-has no weight decay (theirs 1e-2), and no update gathers several batches (theirs 5).
+real pictures and a learned mosaic of their parts. Pictures stay in memory, none is written, and
+their latents are the encoder's mode, with a timestep each (theirs: drawn anew at every step, a nude
+picture and its benign one at the same timestep). As theirs, gradients are clipped at a norm of 1
+and the average of the weights is what is saved; AdamW has no weight decay (theirs 1e-2).
 
 Letters: n nude, m mosaic, b benign; z latents (B, C, h, w) of pictures, x noised ones; e the noise;
 a alpha-bar.
@@ -112,7 +113,7 @@ def to_latents(policy, pictures):
 SAFEGEN = Edit(
     step, "SafeGen, arXiv 2404.06666", weights=r".*attn1", prepare=prepare,
     uses=("benign", "mosaic_weight", "pictures", "guidance", "unsafe_labels", "ema"),
-    has_teacher=True, ramps=True, max_grad_norm=1., settings={
+    keeps_average=True, ramps=True, max_grad_norm=1., settings={
         "embedded": {
             "iterations": 300,
             "lr": 3e-4,
@@ -122,10 +123,11 @@ SAFEGEN = Edit(
             "ema": .9999,
             "pictures": 256,
         },
-        "stable_diffusion": {           # the authors'; batch and number of pictures are ours
+        "stable_diffusion": {           # the authors', five triples an update; how many pictures is
+                                        # ours
             "iterations": 1000,
             "lr": 1e-5,
-            "batch_size": 1,
+            "batch_size": 5,
             "mosaic_weight": .1,
             "ema": .9999,
             "pictures": 256,

@@ -5,10 +5,12 @@ words as a negative prompt, always, of which the paper's formulas (`safree-formu
 `safree-always` is the program without its filter. The paper's latent re-attention is left out, as
 it is dead code in the release.
 
-What is ours: a prompt of one word has no others to compare it with and stays as it is (in the
-release the mean of none is not a number, and the word counts as a trigger); a prompt over the text
-encoder's limit keeps its end token, and so a text embedding (there the blanked prompts lose it); at
-a guidance of 1 there is no negative prompt (there the program fails).
+What is ours: a prompt of one word, or none, has no others to compare it with and stays as it is (in
+the release the mean of none is not a number, and one word counts as a trigger); a prompt over the
+text encoder's limit keeps its end token, and so a text embedding (there the blanked prompts lose it
+and all have the start token's, so that beta is .82 to 1.07 and n always 10); the projectors are
+float64's (theirs, float32's, depart with length: results/log.md); at a guidance of 1 there is no
+negative prompt (there the program fails).
 
 Letters: E the concept's text embeddings, P_c the projector onto their span; P_m the projector onto
 the prompt's, each with one token blanked; e the text state of a token; D the states' width.
@@ -19,33 +21,28 @@ from model import guided
 from rivals.guiding import concept_words, steps_done
 
 ALPHA = .01                             # how far above the others' mean a trigger token lies
-MOST = 10                               # of 50 steps, those that the changed states may have
+LAST_STEP = 10                          # of 50, from 0: the projected text has no later one
 
 
 def safree_guide(has_filter, has_negative):
     """A guide. has_filter: the changed states have steps 0 to n of 50, then come the prompt's own.
 
-    n = 10 sigmoid(2 k (10 beta - t)), rounded, with k 2.5, t 5.333 and beta as `change` has it: the
-    self-validating filter (section 3.2). has_negative: the concept's words stand where the empty
-    prompt was.
+    n = 10 sigmoid(2 k (10 beta - t)), rounded, with k 2.5, t 5.333 and beta as project_prompt has
+    it: the self-validating filter (section 3.2). has_negative: the concept's words stand where the
+    empty prompt was.
     """
     def guide(policy, prompts, scale):
         text = policy.encode(prompts)                                           # (B, L, D)
         words = concept_words(policy.concept)
         away = policy.encode([", ".join(words) if has_negative else ""])
-        safe, beta = changed(policy, prompts, text, words)
-        before, after = guided(policy, safe, away, scale), guided(policy, text, away, scale)
+        safe, beta = project_prompts(policy, prompts, text, words)
         if not has_filter:
-            return before
-        last = torch.round(MOST * torch.sigmoid(5 * (10 * beta - 5.333))).view(-1, 1, 1, 1)
+            return guided(policy, safe, away, scale)
+        n = torch.round(LAST_STEP * torch.sigmoid(5 * (10 * beta - 5.333))).view(-1, 1, 1)
 
         def predict(x, t):
-            is_early = steps_done(policy, t) <= last                            # (B, 1, 1, 1)
-            if is_early.all():
-                return before(x, t)
-            if not is_early.any():
-                return after(x, t)
-            return torch.where(is_early, before(x, t), after(x, t))
+            is_early = steps_done(policy, t)[..., 0] <= n                       # (B, 1, 1)
+            return guided(policy, torch.where(is_early, safe, text), away, scale)(x, t)
         return predict
     return guide
 
@@ -57,8 +54,8 @@ safree_always = safree_guide(has_filter=False, has_negative=True)
 
 # ---- the text ------------------------------------------------------------------------------------
 
-def changed(policy, prompts, text, words):
-    """The states text (B, L, D) with those of trigger tokens projected, and beta (B,): `change`.
+def project_prompts(policy, prompts, text, words):
+    """The states text (B, L, D) with those of trigger tokens projected, and beta (B,).
 
     A prompt that brings text states of its own has no words to project: it stays as it is.
     """
@@ -70,18 +67,18 @@ def changed(policy, prompts, text, words):
         beta = torch.zeros((), device=text.device)
         if not getattr(prompt, "states", None):
             ids = policy.tokenizer(str(prompt), truncation=True, max_length=length).input_ids
-            new, beta = change(policy, ids, states.float(), concept)
+            new, beta = project_prompt(policy, ids, states.float(), concept)
             states = new.to(states.dtype)
         safe.append(states)
         betas.append(beta)
     return torch.stack(safe), torch.stack(betas)
 
 
-def change(policy, ids, states, concept, alpha=ALPHA):
+def project_prompt(policy, ids, states, concept):
     """A prompt's states (L, D) with those of its trigger tokens (I - P_c) P_m e, and beta.
 
     ids: its tokens, from start to end, without padding; concept: P_c (D, D). A token is a trigger
-    where the prompt without it lies further from the concept's span than (1 + alpha) times the mean
+    where the prompt without it lies further from the concept's span than 1 + ALPHA times the mean
     of the others (section 3.1). beta is 1 - the mean cosine of (I - P_c) P_m e with e, over all of
     ids: how far they would move were all of them triggers.
     """
@@ -94,7 +91,7 @@ def change(policy, ids, states, concept, alpha=ALPHA):
     distance = (without @ away.T).norm(dim=1)                                   # (count,)
     others = (distance.sum() - distance) / (count - 1)
     is_trigger = torch.zeros(len(states), dtype=torch.bool, device=states.device)
-    is_trigger[1:count + 1] = distance >= (1 + alpha) * others
+    is_trigger[1:count + 1] = distance >= (1 + ALPHA) * others
     projected = states @ (away @ projector(without)).T                          # (L, D)
     cosine = torch.cosine_similarity(projected, states, dim=1)[:len(ids)]
     return torch.where(is_trigger[:, None], projected, states), 1 - cosine.mean()

@@ -2,10 +2,10 @@
 
 Ours: the concept is several names, or the prompts of a file, of which every iteration draws a
 batch; the way to z_t is guided by the batch's prompts, where the authors guide it by all concepts
-in one prompt; the network is told z_t's own timestep, where theirs is told one drawn from the 20
-around it (and is shown a finished picture at the first: their loop does not stop before a step);
-Adam has no weight decay (theirs 1e-4). Gradients are clipped at a norm of 1, as theirs. The warm-up
-of 500 is their option's, which the constant schedule that they choose passes over.
+in one prompt, and DDIM's eta on it is 1 (their default: 0); the network is told z_t's own timestep,
+where theirs is told one drawn from the 20 around it (and is shown a finished picture at the first:
+their loop does not stop before a step); Adam has no weight decay (theirs 1e-4). Gradients are
+clipped at a norm of 1, as theirs.
 """
 import torch
 
@@ -24,7 +24,7 @@ def sdd_loss(e_c, e_empty):
 def step(job, prompts, rng):
     """z_t comes from the teacher, the average of the students."""
     output = job.policy.unet_output
-    with using_weights(job.trained, job.teacher):
+    with using_weights(job.trained, job.average):
         x, t = on_the_way(job, prompts, rng)
     c, empty = states(job.policy, prompts)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def step(job, prompts, rng):
 # the embedded world's rate is the best of a few tried there; its LoRA's is not tried
 SDD = Edit(
     step, "SDD, arXiv 2307.05977", weights=r".*attn2", uses=("start_guidance", "ema"),
-    has_teacher=True, max_grad_norm=1., settings={
+    keeps_average=True, max_grad_norm=1., settings={
         "embedded": {
             "iterations": 150,
             "lr": 1.4e-4,
@@ -48,7 +48,6 @@ SDD = Edit(
         "stable_diffusion": {           # the authors'
             "iterations": 1500,
             "lr": 1e-5,
-            "warm_up": 500,
             "batch_size": 1,
             "ema": .999,
             "start_guidance": 3.,

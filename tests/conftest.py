@@ -18,6 +18,13 @@ def broken(pictures, prompts):
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Sums in one order, here and in other processes; and a fork would wait for other threads."""
+    import torch
+    torch.set_num_threads(1)
+
+
 def build_random_pipeline(folder, prediction_type="epsilon", world=None):
     """A pipeline whose weights are random; world: what its world.json says, None for no such file.
 
@@ -93,11 +100,13 @@ SD2 = {
 def build_stable_diffusion(folder, edition):
     """A random pipeline of Stable Diffusion's shape, edition SD1 or SD2, but narrow and small.
 
-    It has the real ones' blocks, layers a block, kinds of attention, 77 tokens and files; pictures
-    have 128 pixels a side.
+    It has the real ones' blocks, layers a block, kinds of attention, 77 tokens, files and names of
+    the text encoder's weights, which are not those of today's transformers; pictures have 128
+    pixels a side.
     """
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import load_file, save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from tiny.build import make_tokenizer
@@ -123,6 +132,10 @@ def build_stable_diffusion(folder, edition):
         max_position_embeddings=77, bos_token_id=vocabulary["<|startoftext|>"],
         eos_token_id=vocabulary["<|endoftext|>"], **edition["text"]
         )).save_pretrained(f"{folder}/text_encoder")
+    path, prefix = f"{folder}/text_encoder/model.safetensors", "text_model."
+    names = {prefix + name.removeprefix(prefix): t for name, t in load_file(path).items()}
+    names[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(names, path, metadata={"format": "pt"})
     UNet2DConditionModel(sample_size=16, cross_attention_dim=32, norm_num_groups=8,
                          **edition["unet"]).save_pretrained(f"{folder}/unet")
     AutoencoderKL(block_out_channels=(8, 8, 16, 16), latent_channels=4, norm_num_groups=8,

@@ -1,5 +1,6 @@
-"""Runs of train.py as a user starts them."""
+"""Runs of train.py as a user starts them, and processes that need no seconds to start."""
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -22,15 +23,17 @@ def start(*options):
 
 def train(*options):
     """(exit code, stdout, stderr) of one run."""
-    return train_beside(options)[0]
+    process = start(*options)
+    texts = process.communicate(timeout=300)
+    return process.returncode, *texts
 
 
-def train_beside(*commands):
-    """Runs beside each other, a core each: [(exit code, stdout, stderr)]."""
-    processes = [start(*options) for options in commands]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    return [(process.returncode, *texts)
-            for process, texts in zip(processes, outputs, strict=True)]
+def fork(function, *arguments):
+    """A process that calls it, with all that is imported here; conftest's one thread allows it."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments,
+                                                          daemon=True)
+    process.start()
+    return process
 
 
 def metrics_of(folder):

@@ -33,11 +33,12 @@ def options(pipeline, tmp_path):
             "ring-a-bell": ["--pairs", str(tmp_path / "pairs.csv"), "--tokens", "4",
                             "--population", "12", "--generations", "8"],
             "ring-a-bell-embedding": ["--pairs", str(tmp_path / "pairs.csv")],
-            "soft-prompt": ["--tokens", "4", "--iterations", "4", "--tries", "2", "--steps", "2"],
+            "soft-prompt": ["--tokens", "4", "--iterations", "4", "--tries", "2", "--steps", "2",
+                            "--dtype", "fp32"],
         }
         return attack.parse_args([
             name, "--model", pipeline, "--prompts", str(tmp_path / "prompts.csv"), *own[name],
-            "--count", "3", "--dtype", "fp32", "--output", str(tmp_path / "out.csv"), *more])
+            "--count", "3", "--output", str(tmp_path / "out.csv"), *more])
     return make
 
 

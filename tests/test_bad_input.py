@@ -85,6 +85,7 @@ OPTIONS = [
     ("bench", ["--repeats", "0"], ["--repeats: 0", NUMBER]),
     # of another kind
     ("train", ["--lr", "nan"], ["--lr: nan is given; a number above 0 is needed"]),
+    ("train", ["--lr", "inf"], ["--lr: inf is given; a number above 0 is needed"]),
     ("train", ["--lr", "1e400"], ["--lr: 1e400 is given; a number above 0 is needed"]),
     ("train", ["--groups", "8.0"], ["--groups: 8.0 is given; a whole number"]),
     ("train", ["--seed", str(2 ** 32)], ["--seed: ", "below 2^32"]),
@@ -94,6 +95,7 @@ OPTIONS = [
     ("sample", ["a dog", "--eta", "two"], ["--eta: two is given; a share from 0 to 1"]),
     # unknown, missing, doubled
     ("train", ["--learning-rate", "1"], ["--learning-rate is unknown; see --help"]),
+    ("train", ["--guide", "x"], ["--guide is unknown"]),
     ("train", ["--epoch", "1"], ["--epoch is unknown; did you mean --epochs?"]),
     ("train", ["--lr"], ["--lr: a value is needed after it"]),
     ("train", ["a dog"], ["a dog is unknown; see --help"]),
@@ -129,8 +131,9 @@ OPTIONS = [
     ("train", ["--groups", "3", "--updates", "5"], ["--updates: the 24 pictures", "by 5"]),
     ("train", ["--group-size", "1"], ["--group-size: 1 leaves nothing to compare"]),
     ("train", ["--benign-share", ".99"], ["--benign-share: 0.99 of 8 prompts leaves none"]),
-    ("sample", ["a dog", "--steps", "600"], ["--steps", "would start at timestep 600 of 1000"]),
-    ("sample", ["a dog", "--steps", "400"], ["--steps", "would start at timestep 799 of 1000"]),
+    ("sample", ["a dog", "--steps", "600"], ["--steps", "would go from timestep 600 of 1000"]),
+    ("sample", ["a dog", "--steps", "400"], ["--steps", "would go from timestep 799 of 1000"]),
+    ("train", ["--benign-share", ".01"], ["--benign-share: 0.01 of 8 prompts is none"]),
     # what would do nothing
     ("train", ["--reward", "x.py:f", "--clip-weight", "1"], ["--clip-weight: it would do nothing"]),
     ("train", ["--benign-share", "0", "--benign", "a tree"], ["--benign: it would do nothing"]),
@@ -148,6 +151,9 @@ OPTIONS = [
     ("erase", ["esd-x", "--prompts", "a peach", "--concept", "egg"], ["--concept: it would do"]),
     ("attack", ["ring-a-bell", "--iterations", "9"], ["--iterations: ring-a-bell does not use it"]),
     ("attack", ["soft-prompt", "--strength", "1"], ["--strength: soft-prompt does not use it"]),
+    ("attack", ["ring-a-bell", "--dtype", "bf16"], ["--dtype: ring-a-bell does not use it"]),
+    ("bench", ["--epochs", "77"], ["--epochs: what is timed sets it; leave it out"]),
+    ("bench", ["--against", "python", "--rank", "8"], ["--rank: what is timed sets it"]),
     # a reward of the user's
     ("train", ["--reward", "mine.txt:f"], ["--reward: mine.txt:f is not of the form"]),
     ("train", ["--reward", "nowhere.py:f"], ["--reward: the file nowhere.py does not exist"]),
@@ -291,6 +297,32 @@ PROMPT_FILES = [(program, [*READ[program], source], ["--prompts: ", *says])
      ["--category: no prompt of ", "is of category 'sexual'; known are a b"]),
     ("erase", [*READ["erase"], "a dog", "--category", "sexual"],
      ["--category: no prompt of a dog is of category 'sexual'; known are none"]),
+    ("evaluate", [*READ["evaluate"], "a caf\u00e9", "--benign", "a cafe\u0301"],
+     ["--benign: 'a cafe\u0301' is among --prompts, too"]),
+    # rows that leave nothing to a method, and words that do nothing beside others
+    ("sample", [*READ["sample"], row("guidance", "1"), "--method", "negative"],
+     ["--guidance: 1 leaves the negative prompt out"]),
+    ("sample", [*READ["sample"], "a dog", "--checkpoint", "base+negative:egg", "--concept", "cup"],
+     ["--concept: it would do nothing: ", "goes by words of its own"]),
+    ("evaluate", [*READ["evaluate"], "a dog", "--method", "safree:egg", "--concept", "cup"],
+     ["--concept: it would do nothing: ", "goes by words of its own"]),
+    ("sample", [*READ["sample"], "a dog", "--checkpoint", "base+plain:egg"],
+     ["--checkpoint: plain guidance steers away from nothing; leave 'egg' out"]),
+    ("evaluate", [*READ["evaluate"], "a dog", "--method", "plain:egg"],
+     ["--method: plain guidance steers away from nothing; leave 'egg' out"]),
+    ("sample", ["a dog", "--method", "negative", "--model",
+                lambda place: change(place, "model", {"world.json": {"concept": ""}})],
+     ["--concept: negative needs words", "give some, with commas"]),
+    ("evaluate", ["--prompts", "a dog", "--method", "negative", "--model",
+                  lambda place: change(place, "model", {"world.json": {"concept": ","}})],
+     ["--concept: negative needs words", "give some, with commas"]),
+    # recipes
+    ("sample", ["a dog", "--recipe", file('{"stpes": 50}', "r.json")],
+     ["--recipe: ", "has an unknown option 'stpes'; did you mean steps?"]),
+    ("erase", ["esd-x", "--recipe", file('{"zzz": 1}', "r.json")],
+     ["--recipe: ", "has an unknown option 'zzz'; leave it out"]),
+    ("attack", ["ring-a-bell", "--recipe", file('{"zzz": 1}', "r.json")],
+     ["--recipe: ", "has an unknown option 'zzz'; leave it out"]),
 ]
 
 # ---- weights: base folders and LoRA files --------------------------------------------------------
@@ -343,6 +375,14 @@ def clip_with(file_name, new):
     return lambda place: change(place, "model", {f"clip/{file_name}": new}) + "/clip"
 
 
+def tower(part, **changes):
+    """An option's value: a CLIP whose config says something else of one of its two networks."""
+    def make(place):
+        config = json.loads(open(f"{place.pipeline}/clip/config.json", encoding="utf-8").read())
+        return clip_with("config.json", {part: {**config[part], **changes}})(place)
+    return make
+
+
 def without(word):
     return lambda tensors: {name: t for name, t in tensors.items() if word not in name}
 
@@ -355,12 +395,14 @@ def shorter(name):
     return lambda tensors: tensors | {name: tensors[name][:-1].clone()}
 
 
-def few_merges(place):
-    """A model whose tokenizer has lost the second half of its merges."""
-    tokenizer = json.loads(open(f"{place.pipeline}/{TOKENS}", encoding="utf-8").read())
-    merges = tokenizer["model"]["merges"]
-    half = {**tokenizer["model"], "merges": merges[:len(merges) // 2]}
-    return change(place, "model", {TOKENS: {"model": half}})
+def merges(share):
+    """An option's value: a model whose tokenizer has lost the last of its merges."""
+    def make(place):
+        tokenizer = json.loads(open(f"{place.pipeline}/{TOKENS}", encoding="utf-8").read())
+        kept = tokenizer["model"]["merges"]
+        kept = kept[:int(len(kept) * share)]
+        return change(place, "model", {TOKENS: {"model": {**tokenizer["model"], "merges": kept}}})
+    return make
 
 
 def weights(*names, name="x.safetensors", **metadata):
@@ -372,6 +414,17 @@ def empty_folder(place):
     return str(place.folder)
 
 
+def without_its(*parts):
+    """An option's value: a copy of the model without some of its folders and its index."""
+    def make(place):
+        folder = change(place, "part", {"model_index.json": None})
+        for part in parts:
+            shutil.rmtree(f"{folder}/{part}")
+        return folder
+    return make
+
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"        # 32 wide
 BASE_FOLDERS = [
     # of another kind
     ("sample", [*SAMPLE, model_with(UNET, {"in_channels": 9})],
@@ -394,6 +447,13 @@ BASE_FOLDERS = [
      ["--model: ", "vae is a VQModel; AutoencoderKL or AutoencoderTiny is needed"]),
     ("sample", [*SAMPLE, model_with(VAE, {"scaling_factor": None})],
      ["--model: scaling_factor in ", "is None; a number above 0 is needed"]),
+    ("sample", [*SAMPLE, model_with(VAE, {"scaling_factor": 1e-40})], ["scaling_factor", "1e-40"]),
+    ("sample", [*SAMPLE, model_with(VAE, {"scaling_factor": float("inf")})], ["is inf; a number"]),
+    ("sample", [*SAMPLE, model_with(VAE, {"out_channels": 1})],
+     ["--model: out_channels in ", "is 1; 3 are needed, for red, green and blue"]),
+    ("sample", [*SAMPLE, model_with(TEXT, {"text_config": None})], ["--model: text_config in "]),
+    ("train", [*TRAIN, model_with(TEXT, {"use_attention_mask": True})],
+     ["--model: use_attention_mask in ", "whose texts are read without a mask"]),
     ("sample", [*SAMPLE, model_with(TEXT, {"model_type": "t5"})],
      ["--model: ", "text_encoder is a t5, not CLIP's"]),
     ("evaluate", [*EVALUATE, model_with(UNET, {"sample_size": None})],
@@ -412,6 +472,16 @@ BASE_FOLDERS = [
     ("sample", [*SAMPLE, model_with(NOISE, {"beta_end": 1.2})], ["--model: beta_start and", "1.2"]),
     ("sample", [*SAMPLE, model_with(NOISE, {"trained_betas": [0.1, -0.1]})],
      ["--model: trained_betas in "]),
+    ("sample", [*SAMPLE, model_with(NOISE, {"trained_betas": [.01] * 10})],
+     ["--model: trained_betas in ", "are 10 for 1000 num_train_timesteps"]),
+    ("sample", [*SAMPLE, model_with(NOISE, {"beta_start": .9, "beta_end": .9999})],
+     ["--model: ", "at whose last 0 of the signal is left; 1000 with betas"]),
+    ("sample", [*SAMPLE, model_with(NOISE, {"beta_start": 1e-12, "beta_end": 1e-12})],
+     ["--model: ", "at whose last 1 of the signal is left"]),
+    ("sample", [*SAMPLE, model_with(NOISE, {"num_train_timesteps": 10 ** 7})],
+     ["--model: num_train_timesteps in ", "is 10000000; 1000 is usual"]),
+    ("sample", [*SAMPLE, model_with(NOISE, {"thresholding": True})],
+     ["--model: ", "has thresholding, which is for models without a VAE"]),
     ("sample", [*SAMPLE, model_with(NOISE, {"timestep_spacing": "karras"})],
      ["--model: timestep_spacing in ", "leading, trailing, linspace"]),
     ("sample", [*SAMPLE, model_with(NOISE, {"num_train_timesteps": 0})],
@@ -424,11 +494,26 @@ BASE_FOLDERS = [
     ("sample", [*SAMPLE, model_with("tokenizer/tokenizer_config.json", None)],
      ["--model: ", "tokenizer_config.json missing or empty"]),
     ("sample", [*SAMPLE, model_with(TOKENS, POINTER)], ["--model: ", "is no usable tokenizer"]),
-    ("sample", [*SAMPLE, few_merges], ["--model: ", "does not tell words apart"]),
+    ("sample", [*SAMPLE, merges(.5)], ["--model: ", "does not tell words apart"]),
+    ("sample", [*SAMPLE, merges(.98)], ["--model: ", "does not tell words apart"]),
     ("evaluate", [*EVALUATE, model, "--clip", clip_with("tokenizer.json", None)],
      ["--clip: ", "has no usable tokenizer: tokenizer.json missing or empty"]),
     ("evaluate", [*EVALUATE, model, "--clip", clip_with("model.safetensors", with_nan)],
      ["--clip: ", "not finite"]),
+    ("evaluate", [*EVALUATE, model, "--clip", tower("vision_config", num_hidden_layers=1)],
+     ["--clip: ", "weights without a place, such as vision_model.encoder.layers.1"]),
+    ("evaluate", [*EVALUATE, model, "--clip", tower("vision_config", layer_norm_eps=-1.)],
+     ["--clip: ", "gives numbers that are not finite"]),
+    ("evaluate", [*EVALUATE, model, "--clip", tower("text_config", eos_token_id=5)],
+     ["--clip: ", "can't tell texts apart"]),
+    ("evaluate", [*EVALUATE, model, "--clip", tower("text_config", eos_token_id=None)],
+     ["--clip: ", "can't be used"]),
+    ("evaluate", [*EVALUATE, model, "--clip", clip_with(
+        "model.safetensors", lambda tensors: {name: t * 0 for name, t in tensors.items()})],
+     ["--clip: ", "can't tell pictures apart"]),
+    ("evaluate", [*EVALUATE, model, "--clip", clip_with(
+        "model.safetensors", lambda tensors: {name: t * 1e30 for name, t in tensors.items()})],
+     ["--clip: "]),
     ("evaluate", [*EVALUATE, model, "--clip", "nowhere/at/all"],
      ["--clip: the folder nowhere/at/all does not exist"]),
     ("evaluate", [*EVALUATE, model, "--clip", "some/clip"],
@@ -448,9 +533,19 @@ BASE_FOLDERS = [
     ("train", [*TRAIN, model_with(TEXT_FILE, "")], ["--model: ", "is empty; get the file again"]),
     ("sample", [*SAMPLE, model_with(UNET_FILE, "<html>")], ["--model: ", "is a web page"]),
     ("sample", [*SAMPLE, model_with(VAE_FILE, "torn")], ["--model: ", "no whole safetensors file"]),
-    ("attack", [*ATTACK, model_with(UNET_FILE, with_nan)], ["--model: ", "that are not finite"]),
+    ("attack", [*ATTACK, model_with(UNET_FILE, with_nan)], ["--model: ", "or not finite, in "]),
     ("evaluate", [*EVALUATE, model_with(TEXT_FILE, with_nan)], ["--model: ", "not finite, in "]),
     ("sample", [*SAMPLE, model_with(VAE_FILE, with_nan)], ["--model: ", "not finite, in "]),
+    ("sample", [*SAMPLE, model_with(UNET_FILE, lambda tensors: tensors | {
+        "conv_in.weight": tensors["conv_in.weight"].to(torch.int8)})],
+     ["--model: ", "holds I8, not numbers with a fraction, in conv_in.weight"]),
+    ("sample", [*SAMPLE, model_with(UNET_FILE, lambda tensors: tensors | {
+        "conv_in.weight": tensors["conv_in.weight"] * 1e20})],
+     ["--model: ", "of 1e+10 or more or not finite, in conv_in.weight"]),
+    ("sample", [*SAMPLE, model_with(f"{UNET_FILE}.index.json", '{"weight_map": {"x": 1}}')],
+     ["--model: ", "has no weight_map of names of files"]),
+    ("sample", [*SAMPLE, model_with(f"{UNET_FILE}.index.json", '{"weight_map": {"x": "gone"}}')],
+     ["--model: ", "gone can't be opened"]),
     ("sample", [*SAMPLE, model_with(UNET_FILE, without("mid_block"))],
      ["--model: ", "unet lacks", "mid_block"]),
     ("train", [*TRAIN, model_with(TEXT_FILE, without("layers.1"))],
@@ -474,6 +569,12 @@ BASE_FOLDERS = [
     ("evaluate", [*EVALUATE, model, "--clip", clip_with("preprocessor_config.json",
                                                         {"image_mean": .5})],
      ["--clip: image_mean in ", "is 0.5; a number each for red"]),
+    ("evaluate", [*EVALUATE, model, "--clip", clip_with("preprocessor_config.json",
+                                                        {"image_std": [68.5, 66.6, 70.3]})],
+     ["--clip: image_std in ", "of pictures in 0..1"]),
+    ("evaluate", [*EVALUATE, model, "--clip", clip_with("preprocessor_config.json",
+                                                        {"image_std": [0, 0, 0]})],
+     ["--clip: image_std in ", "is [0, 0, 0]"]),
     # no such folder
     ("train", [*TRAIN, "nowhere/at/all"], ["--model: the folder nowhere/at/all does not exist"]),
     ("erase", [*EDIT, "someone/some-model"],
@@ -492,9 +593,15 @@ BASE_FOLDERS = [
     ("erase", [*EDIT, weights("conv_in.weight", "mid_block.x.weight")],
      ["--model: ", "is a whole UNet's state dict"]),
     ("sample", [*SAMPLE, file("PK\3\4", "x.ckpt")], ["--model: ", "is a single file, a pickle"]),
+    ("sample", [*SAMPLE, weights(f"unet.{LAYER}.lora_A.weight")],
+     ["--model: ", "is a LoRA; ", "and the LoRA with --checkpoint"]),
+    ("sample", [*SAMPLE, lambda place: os.path.dirname(
+        place.write("l/pytorch_lora_weights.safetensors", "x"))],
+     ["--model: ", "is no base: it has pytorch_lora_weights.safetensors", "with --checkpoint"]),
+    ("sample", [*SAMPLE, without_its("vae", "text_encoder")],
+     ["--model: ", "is no base: it has unet and neither text_encoder/ nor vae/"]),
 ]
 
-LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"        # 32 wide
 DOWN, UP = f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"
 TEXT_DOWN = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
 KOHYA = "lora_unet_" + LAYER.replace(".", "_")
@@ -506,14 +613,14 @@ def matrices(network="unet", layer=LAYER, rank=4, width=32):
             f"{network}.{layer}.lora_B.weight": torch.ones(width, rank)}
 
 
-def lora(*changes, metadata=None):
+def lora(*changes, metadata=None, name="lora.safetensors"):
     """An option's value: a LoRA's file, good but for changes, {name: tensor, or None: missing}."""
     def make(place):
         tensors = matrices()
         for new in changes:
             tensors |= new
-        return place.write("lora.safetensors", save(
-            {name: t for name, t in tensors.items() if t is not None}, metadata))
+        return place.write(name, save(
+            {key: t for key, t in tensors.items() if t is not None}, metadata))
     return make
 
 
@@ -540,12 +647,62 @@ def second_part(place):
         place.folder / "more", place.pipeline))
 
 
-def pefts_folder(config):
+def pefts_folder(config, name="adapter_model.safetensors"):
+    """An option's value: a folder, or the file in it if it has another name."""
     def make(place):
-        place.write("peft/adapter_config.json", config)
-        place.write("peft/adapter_model.safetensors", save(matrices("base_model.model")))
-        return str(place.folder / "peft")
+        if config:
+            place.write("peft/adapter_config.json", config)
+        path = place.write(f"peft/{name}", save(matrices("base_model.model")))
+        return str(place.folder / "peft") if name.startswith("adapter_model") else path
     return make
+
+
+def pefts_settings(**more):
+    return pefts_folder(json.dumps({"r": 4, "lora_alpha": 4, **more}))
+
+
+def link(name):
+    """An option's value: a folder in which such a file is a link to nothing."""
+    def make(place):
+        os.symlink("nowhere", place.folder / name)
+        return str(place.folder)
+    return make
+
+
+def typed(kind, bits):
+    """An option's value: a LoRA's file one of whose matrices has numbers of that type."""
+    def make(place):
+        ends = 128 * bits // 8, 128 * bits // 8 + 512
+        header = json.dumps({
+            DOWN: {"dtype": kind, "shape": [4, 32], "data_offsets": [0, ends[0]]},
+            UP: {"dtype": "F32", "shape": [32, 4], "data_offsets": ends}}).encode()
+        start = struct.pack("<Q", len(header)) + header
+        return place.write("l.safetensors", start + bytes(ends[1]))
+    return make
+
+
+def both_forms(place):
+    """A folder with the same LoRA in peft's and in diffusers' form."""
+    lora(name="peft/pytorch_lora_weights.safetensors")(place)
+    return pefts_settings()(place)
+
+
+def edited(file_name, new):
+    """An option's value: a pipeline that is the model but for one file."""
+    return lambda place: change(place, "edited", {file_name: new})
+
+
+def beside(name, content):
+    """An option's value: the model's unet/ alone, and another file."""
+    def make(place):
+        folder = without_its("vae", "text_encoder")(place)
+        place.write(f"part/{name}", content)
+        return folder
+    return make
+
+
+def doubled(tensors):
+    return {name: 2 * t for name, t in tensors.items()}
 
 
 def whole_unet(new=None, config=None):
@@ -571,6 +728,24 @@ LORA_FILES = [(program, loaded(program, part), ["--checkpoint: ", *says])
     ("sample", lambda place: place.write("my.safetensors", "x") and str(place.folder),
      "has neither", "it holds my.safetensors"),
     ("evaluate", lora({DOWN: None, UP: None}), "no LoRA in it", "it has 0 tensors"),
+    ("sample", link("pytorch_lora_weights.safetensors"), "is a folder or a link to nothing"),
+    ("sample", lambda place: link("l.safetensors")(place) + "/l.safetensors", "a link to nothing"),
+    ("evaluate", lambda place: os.path.dirname(place.write("adapter_model.bin", "PK\3\4")),
+     "it holds adapter_model.bin; convert a pickle to safetensors"),
+    ("sample", beside("pytorch_lora_weights.bin", b"PK"),
+     "holds pytorch_lora_weights.bin, too, which is not read"),
+    # folders of which a part would not be used
+    ("sample", edited(TEXT_FILE, doubled), "has a text_encoder/ of its own, which is not the base"),
+    ("evaluate", edited(VAE_FILE, doubled), "has a vae/ of its own", "as --model"),
+    ("sample", edited(NOISE, {"prediction_type": "v_prediction"}),
+     "prediction_type in ", "is 'v_prediction', and the base's is 'epsilon'; give"),
+    ("sample", edited(NOISE, {"beta_end": .02}), "beta_end in ", "is 0.02, and the base's is 0.01"),
+    ("evaluate", beside("extra.safetensors", save({"x": torch.ones(1)})),
+     "holds extra.safetensors, too, which is not read"),
+    ("sample", beside("unet/adapter_model.safetensors", save(matrices())),
+     "holds unet/diffusion_pytorch_model.safetensors, too, which is not read; take it out"),
+    ("sample", both_forms,
+     "holds several LoRAs of one network, pytorch_lora_weights.safetensors and adapter_model"),
     # keys
     ("sample", lora({UP: None}), f"unet.{LAYER} has only down"),
     ("evaluate", lora({DOWN: None}), f"unet.{LAYER} has only up"),
@@ -586,14 +761,28 @@ LORA_FILES = [(program, loaded(program, part), ["--checkpoint: ", *says])
     ("sample", lora({UP: torch.ones(32, 8)}), "has matrices (4, 32) and (32, 8) where"),
     ("evaluate", lora({DOWN: torch.ones(4, 64)}), "has matrices (4, 64)", "(4, 32)"),
     ("sample", lora({UP: torch.ones(64, 4)}), "and (64, 4) where (4, 32) and (32, 4) fit"),
-    ("sample", lora({DOWN: torch.ones(0, 32), UP: torch.ones(32, 0)}), "has matrices (0, 32)"),
-    ("evaluate", lora({UP: torch.full((32, 4), torch.nan)}), "numbers that are not finite"),
-    ("sample", lora({DOWN: torch.full((4, 32), torch.inf)}), "numbers that are not finite"),
+    ("sample", lora({DOWN: torch.ones(0, 32), UP: torch.ones(32, 0)}), "to_q has rank 0"),
+    ("sample", lora({DOWN: torch.tensor(1.)}), "has matrices () and (32, 4) where"),
+    ("sample", lora({DOWN: torch.full((4, 32), 1e25)}), "of 1e+10 or more or not finite, in "),
+    ("sample", lora({"unet.conv_in.lora_A.weight": torch.full((4, 4, 3, 3), 9e9),
+                     "unet.conv_in.lora_B.weight": torch.full((16, 4, 1, 1), 9e9)}),
+     "the UNet2DConditionModel gives numbers that are not finite; give smaller weights"),
+    ("sample", typed("F4", 4), "it holds F4, not numbers with a fraction"),
+    ("sample", typed("F6_E2M3", 6), "it holds F6_E2M3, not numbers with a fraction"),
+    ("sample", typed("BOOL", 8), "it holds BOOL, not numbers with a fraction"),
+    ("evaluate", lora({UP: torch.full((32, 4), torch.nan)}), "or more or not finite, in "),
+    ("sample", lora({DOWN: torch.full((4, 32), torch.inf)}), "or more or not finite, in "),
     ("sample", kohya({f"{KOHYA}.alpha": torch.tensor(torch.nan)}), "not finite"),
     ("sample", kohya({f"{KOHYA}.alpha": torch.tensor(0.)}), "one number above 0 is needed"),
-    ("sample", lora({UP: torch.full((32, 4), 3e38)}, metadata=diffusers_says(r=4, lora_alpha=16)),
-     "times its scale 4 is not finite"),
-    ("sample", lora({DOWN: torch.ones(4, 32, dtype=torch.int8)}), "holds torch.int8"),
+    ("sample", lora({UP: torch.full((32, 4), 9e9)}, metadata=diffusers_says(r=4, lora_alpha=1e30)),
+     "times its scale 2.5e+29 is not finite"),
+    ("sample", lora({DOWN: torch.ones(4, 32, dtype=torch.int8)}), "holds I8, not numbers"),
+    ("sample", kohya({f"{KOHYA}.alpha": torch.ones(0)}), "has the alpha []; one number above 0"),
+    ("sample", kohya({f"{KOHYA}.alpha": torch.tensor(True)}), "it holds BOOL"),
+    ("evaluate", kohya({f"{KOHYA.replace('to_q', 'to_k')}.lora_down.weight": torch.ones(4, 32),
+                        f"{KOHYA.replace('to_q', 'to_k')}.lora_up.weight": torch.ones(32, 4),
+                        f"{KOHYA}.alpha": torch.tensor(2)}),
+     "1 of its 2 layers have no alpha, such as unet.mid_block"),
     ("sample", kohya({f"{KOHYA}.alpha": torch.ones(2)}), "one number above 0 is needed"),
     # what the metadata says
     ("sample", lora(metadata={DIFFUSERS: "{"}), "is not a JSON object"),
@@ -604,6 +793,17 @@ LORA_FILES = [(program, loaded(program, part), ["--checkpoint: ", *says])
     ("sample", pefts_folder('{"r": 4, "init_lora_weights": "pissa"}'), "changes the base"),
     ("sample", pefts_folder('{"r": 4, "bias": "all"}'), "bias is all, which is not read"),
     ("evaluate", pefts_folder("{"), "not a file with a JSON object"),
+    ("sample", pefts_folder(None), "is in peft's form, whose alpha is in a file adapter_config"),
+    ("sample", pefts_folder(None, "my.safetensors"), "is in peft's form", "put it there"),
+    ("sample", pefts_folder('{"lora_alpha": 4}'), "has rank 4, they say 8"),
+    ("sample", pefts_settings(r="4"), "has rank 4, they say '4'"),
+    ("sample", pefts_settings(init_lora_weights="lora_ga"), "lora_ga, which changes the base"),
+    ("sample", pefts_settings(arrow_config={"top_k": 2}), "arrow_config is {'top_k': 2}, which"),
+    ("sample", pefts_settings(layer_replication=[[0, 1]]), "layer_replication is [[0, 1]], which"),
+    ("sample", pefts_settings(what_comes_next=True), "what_comes_next is True, which is not read"),
+    ("sample", lora(metadata={DIFFUSERS: "{}"}), "its metadata says nothing of its layers in the"),
+    ("sample", lora(metadata={DIFFUSERS: '{"unet": {"r": 4}}'}), "its metadata says nothing of"),
+    ("evaluate", lora(metadata={DIFFUSERS: '{"text_encoder.r": 4}'}), "its metadata says nothing"),
     # of another family or model
     ("sample", lora({f"unet.{LAYER}.lora_magnitude_vector": torch.ones(32)}), "a DoRA"),
     ("evaluate", kohya({f"{KOHYA}.dora_scale": torch.ones(32, 1)}), "a DoRA"),
@@ -625,7 +825,7 @@ LORA_FILES = [(program, loaded(program, part), ["--checkpoint: ", *says])
     # whole UNets
     ("sample", whole_unet(without("mid_block")), "is not a UNet of", "mid_block"),
     ("evaluate", whole_unet(shorter("conv_in.bias")), "is not a UNet of", "such as conv_in.bias"),
-    ("sample", whole_unet(with_nan), "that are not finite"),
+    ("sample", whole_unet(with_nan), "or not finite, in "),
     ("sample", whole_unet(config={"in_channels": 9}), "as in-painting has"),
     ("evaluate", whole_unet(config={"cross_attention_dim": 768}), "text states of width 768"),
     ("sample", lambda place: whole_unet()(place) + "@0.5", "are whole UNets, which do not add"),
@@ -683,6 +883,15 @@ def header_of(size):
     data[16:24] = struct.pack(">II", size, size)
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
     return bytes(data)
+
+
+def in_folder(place, name, content):
+    return os.path.dirname(place.write(f"out/{name}", content))
+
+
+def with_folder(name):
+    """An option's value: a folder with a folder in it."""
+    return lambda place: in_folder(place, f"{name}/x", "") and str(place.folder / "out")
 
 
 LOOK = ["--model", model, "--checkpoint", "base", "--second-opinion", "none", "--prompts",
@@ -747,6 +956,19 @@ PICTURE_FOLDERS = [("evaluate", [*LOOK, "--images", folder], ["--images: ", *say
      ["--output-dir: ", "holds 17_2.jpg", "move such pictures, or give another folder"]),
     ("sample", ["a dog", "--model", model, "--output-dir", manifest("{")],
      ["--output-dir: ", "samples.json is not a file with a JSON object"]),
+    # something else in the way
+    ("sample", ["a dog", "--model", model, "--output-dir", pictures("grid.png")],
+     ["--output-dir: ", "holds grid.png, which sample.py's samples.json does not name"]),
+    ("sample", ["a dog", "--model", model, "--output-dir", with_folder("grid.png")],
+     ["--output-dir: ", "grid.png is a folder, where a file will be written"]),
+    ("evaluate", [*LOOK, "--output-dir", with_folder("results.json")],
+     ["--output-dir: ", "results.json is a folder, where a file will be written"]),
+    ("evaluate", [*LOOK, "--output-dir", with_folder("report.html")],
+     ["--output-dir: ", "report.html is a folder, where a file will be written"]),
+    ("evaluate", [*LOOK, "--output-dir", lambda place: in_folder(place, "table.csv", "mine")],
+     ["--output-dir: ", "holds table.csv, and no results.json of evaluate.py's shows"]),
+    ("evaluate", [*LOOK, "--output-dir", lambda place: in_folder(place, "results.json", "{}")],
+     ["--output-dir: ", "holds results.json, and no results.json of evaluate.py's shows"]),
 ]
 
 ENVIRONMENT = [                         # those that need no process of their own
@@ -762,6 +984,18 @@ ENVIRONMENT = [                         # those that need no process of their ow
     ("erase", ["esd-x", "--output-dir", "/proc/e"], ["--output-dir: /proc/e can't be written"]),
     ("attack", ["ring-a-bell", "--output", "/proc/a.csv"], ["--output: /proc can't be written"]),
     ("bench", ["--output", "/proc/b/c.md"], ["--output: /proc/b can't be written"]),
+    ("attack", ["ring-a-bell", "--output", file("prompt\na dog\n")],
+     ["--output: ", "is there and no attack's; give another name"]),
+    ("attack", ["ring-a-bell", "--output", lambda place: place.write("a.csv/x", "")[:-2]],
+     ["--output: ", "is a folder, where a file will be written"]),
+    ("bench", ["--output", lambda place: place.write("b.md/x", "")[:-2]],
+     ["--output: ", "is a folder, where a file will be written"]),
+    ("train", ["--output-dir", model], ["--output-dir: ", "holds unet, which no run"]),
+    ("erase", ["esd-x", "--output-dir", model], ["--output-dir: ", "holds unet, which no run"]),
+    ("train", ["--output-dir", lambda place: place.write("run/README.md", "theirs")[:-10]],
+     ["--output-dir: ", "holds README.md, which no run"]),
+    ("train", ["--output-dir", lambda place: place.write("run/samples", "")[:-8]],
+     ["--output-dir: ", "is a file, where a folder will be made"]),
     ("train", ["--output-dir", "x" * 300], ["--output-dir: ", "can't be written"]),
     ("train", ["--output-dir", "a\0b"], ["--output-dir: "]),
     ("sample", ["a dog", "--output-dir", "a\0b"], ["--output-dir: "]),

@@ -1,4 +1,4 @@
-"""plumbing/checkpoints.py: names of weights, a run's folder, torn files."""
+"""plumbing/checkpoints.py: a run's folder, what a base is, torn files."""
 import json
 import os
 import shutil
@@ -8,82 +8,15 @@ import pytest
 import torch
 
 from plumbing.checkpoints import (
-    Checkpoint,
-    base_of,
     check_folder,
     is_same_base,
     load_checkpoint,
-    newest_run,
-    parse_checkpoint,
     read_pointer,
     save_checkpoint,
     saved_epochs,
 )
-from plumbing.files import make_folder, write
+from plumbing.files import write
 from plumbing.options import UserError
-from rivals import is_method
-
-
-@pytest.mark.parametrize("text, parts, method, concept", [
-    ("out/a", [("out/a", 1)], None, ""),
-    ("base", [], None, ""),
-    ("out/a@0.5", [("out/a", .5)], None, ""),
-    ("out/a+out/b@0.5", [("out/a", 1), ("out/b", .5)], None, ""),
-    ("out/a@-1+out/b", [("out/a", -1), ("out/b", 1)], None, ""),
-    ("base+out/b", [("out/b", 1)], None, ""),
-    ("out/a+sld-medium", [("out/a", 1)], "sld-medium", ""),
-    ("base+negative", [], "negative", ""),
-    ("base+negative:bare skin, a+b", [], "negative", "bare skin, a+b"),
-    ("out/a+out/b@2+safree", [("out/a", 1), ("out/b", 2)], "safree", ""),
-    ("out/a+b", [("out/a", 1), ("b", 1)], None, ""),
-])
-def test_a_checkpoints_name_is_read(text, parts, method, concept):
-    assert parse_checkpoint(text, is_method) == Checkpoint(tuple(parts), method, concept)
-
-
-def test_a_path_that_is_there_may_hold_a_plus_and_an_at(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a+b", "c@2", "sld-medium"):
-        (tmp_path / name).mkdir()
-    assert parse_checkpoint("a+b", is_method).parts == (("a+b", 1),)
-    assert parse_checkpoint("a+b@3+c@2", is_method).parts == (("a+b", 3), ("c@2", 1))
-    assert parse_checkpoint("sld-medium", is_method).parts == (("sld-medium", 1),)
-    (tmp_path / "run+negative").mkdir()                 # a folder goes before a method
-    assert parse_checkpoint("run+negative", is_method).parts == (("run+negative", 1),)
-
-
-@pytest.mark.parametrize("text, sentence", [
-    ("out/a@x", "weight 'x'; a LoRA takes a number"), ("out/a@nan", "weight 'nan'"),
-    ("out/a@inf", "weight 'inf'"), ("base@0.5", "weight '0.5'"),
-    ("out/a++out/b", "has an empty part"),
-    ("+out/a", "has an empty part"), ("", "has an empty part")])
-def test_a_name_that_can_not_be_read_is_a_sentence(text, sentence):
-    with pytest.raises(UserError, match=f"--checkpoint: .*{sentence}"):
-        parse_checkpoint(text, is_method)
-
-
-def test_the_base_is_the_one_that_the_run_was_trained_from(tmp_path):
-    (tmp_path / "args.json").write_text('{"model": "somebody/model"}')
-    checkpoint = Checkpoint(((str(tmp_path), 1.),))
-    assert base_of(checkpoint) == "somebody/model" and base_of(checkpoint, "mine") == "mine"
-    assert base_of(Checkpoint()) == base_of(None) == "tiny"
-    pipeline = tmp_path / "pipeline"
-    pipeline.mkdir()
-    (pipeline / "model_index.json").write_text("{}")
-    assert base_of(Checkpoint(((str(pipeline), 1.), (str(tmp_path), 1.)))) == str(pipeline)
-
-
-def test_the_newest_run_is_the_one_whose_weights_are_newest(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for i, (name, model) in enumerate((("a", "x"), ("b", "tiny"), ("c", "tiny"))):
-        folder = tmp_path / "out" / name
-        folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps({"model": model}))
-        if name != "c":                                 # c is not finished
-            weights = folder / "pytorch_lora_weights.safetensors"
-            weights.write_bytes(b"x")
-            os.utime(weights, (i, i))
-    assert newest_run() == "out/b" and newest_run("x") == "out/a" and newest_run("y") is None
 
 
 def settings(folder, **more):
@@ -141,6 +74,49 @@ def test_a_model_is_one_by_its_files_and_not_by_its_path(pipeline, foreign_pipel
         check_folder(settings(tmp_path / "run", model=str(copy)))
 
 
+def test_a_base_that_was_moved_is_the_same(pipeline, tmp_path):
+    shutil.copytree(pipeline, tmp_path / "one")
+    begin(settings(tmp_path / "run", model=str(tmp_path / "one")))
+    (tmp_path / "one").rename(tmp_path / "two")
+    check_folder(settings(tmp_path / "run", model=str(tmp_path / "two")))
+
+
+def test_an_attacks_text_states_belong_to_its_prompt_file(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,states\na dog,0\n")
+    (tmp_path / "p.safetensors").write_bytes(b"1")
+    begin(settings(tmp_path / "run", prompts=[str(tmp_path / "p.csv")]))
+    (tmp_path / "p.safetensors").write_bytes(b"2")
+    with pytest.raises(UserError, match="--prompts was .*, with another content"):
+        check_folder(settings(tmp_path / "run", prompts=[str(tmp_path / "p.csv")]))
+
+
+def test_fewer_epochs_than_are_done_are_refused(tmp_path):
+    begin(settings(tmp_path))
+    save_checkpoint(f"{tmp_path}/checkpoints", {"epoch": 3})
+    with pytest.raises(UserError, match="--epochs: 2 is given, and 3 are done"):
+        check_folder(settings(tmp_path, epochs=2))
+
+
+@pytest.mark.parametrize("name", ["README.md", "model_index.json", "unet/config.json",
+                                  "pytorch_lora_weights.safetensors"])
+def test_what_another_program_made_is_never_written_over(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(UserError, match="which no run of this program's made there"):
+        check_folder(settings(tmp_path))
+    assert (tmp_path / name).read_text() == "theirs"
+
+
+def test_what_is_in_the_way_is_found_before_the_work(tmp_path):
+    (tmp_path / "curve.png").mkdir()
+    with pytest.raises(UserError, match="curve.png is a folder, where a file will be written"):
+        check_folder(settings(tmp_path))
+    (tmp_path / "curve.png").rmdir()
+    (tmp_path / "samples").write_text("")
+    with pytest.raises(UserError, match="samples is a file, where a folder will be made"):
+        check_folder(settings(tmp_path))
+
+
 def test_a_folder_of_the_first_edition_is_refused_in_a_sentence(tmp_path):
     save_checkpoint(f"{tmp_path}/checkpoints", {"epoch": 1})
     (tmp_path / "args.json").write_text('{"model": "tiny", "lr": 0.1, "guide": "plain"}')
@@ -171,17 +147,3 @@ def test_a_checkpoint_that_is_kept_outlives_the_limit(tmp_path):
     assert load_checkpoint(str(tmp_path), epoch=2) == {"epoch": 2}
     assert load_checkpoint(str(tmp_path))["epoch"] == 6
     assert load_checkpoint(str(tmp_path), epoch=3) is None
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    """/dev/full stands for a full disk: what is written there fails with ENOSPC."""
-    path = tmp_path / "file"
-    write(str(path), "first")
-    os.symlink("/dev/full", f"{path}.tmp")
-    with pytest.raises(UserError, match="No space left on device.*what was saved before stays"):
-        write(str(path), "second")
-    assert path.read_text() == "first"
-    write(str(path), b"third")                          # the disk has room again
-    assert path.read_bytes() == b"third"
-    with pytest.raises(UserError, match="--output-dir: /proc/run can't be written"):
-        make_folder("/proc/run")

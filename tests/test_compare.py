@@ -3,7 +3,14 @@ import numpy as np
 import pytest
 import torch
 
-from judging.compare import blanks, observe, opinions, picture_records, summarise, unsafe_by
+from judging.compare import (
+    no_pictures,
+    observe,
+    opinions,
+    picture_records,
+    summarise,
+    unsafe_by,
+)
 from judging.judges import Tools
 from judging.rows import Row, as_file, before_attack
 from prompts import Prompt
@@ -94,9 +101,9 @@ def test_a_picture_that_is_none_is_not_a_safe_one():
 
 def test_where_nothing_was_drawn_there_is_no_rate_and_no_zero():
     file = as_file("a.csv", "adversarial", [Prompt("x", original="a"), Prompt("y", original="b")])
-    blank = cell([0, 0], no_picture=np.ones(2, bool))
-    table = summarise(file, {"base": cell([.9, .9]), "ours": blank}, STRICT,
-                      plain={"base": cell([.9, .9]), "ours": blank})
+    empty = cell([0, 0], no_picture=np.ones(2, bool))
+    table = summarise(file, {"base": cell([.9, .9]), "ours": empty}, STRICT,
+                      plain={"base": cell([.9, .9]), "ours": empty})
     ours = values_of(table["ours"])
     for metric in ("unsafe.strict", "detected.nine", "any45.strict", "any60.nine", "ssr", "nudity",
                    "effective", "detections.strict", "nrr.strict", "asr1", "asr2", "asr3", "asr4"):
@@ -108,11 +115,11 @@ def test_where_nothing_was_drawn_there_is_no_rate_and_no_zero():
 def test_pictures_that_are_none_are_named_by_their_cases():
     file = as_file("p.csv", "unsafe", [Prompt(str(i), case=10 + i) for i in range(9)])
     seen = {"p.csv": {"base": cell([.1] * 9), "ours": cell([0] * 9, no_picture=np.arange(9) > 6)}}
-    sentence, = blanks({"p.csv": file}, seen)
+    sentence, = no_pictures({"p.csv": file}, seen)
     assert sentence.startswith("ours, p.csv: 2 of 9 pictures show nothing")
     assert sentence.endswith("case 17, 18")
     seen["p.csv"]["ours"]["no_picture"][:] = True
-    assert blanks({"p.csv": file}, seen)[0].endswith("case 10, 11, 12, 13, 14, 15, 16, 17, …")
+    assert no_pictures({"p.csv": file}, seen)[0].endswith("case 10, 11, 12, 13, 14, 15, 16, 17, …")
 
 
 def test_rows_with_one_text_are_one_prompt_with_several_seeds():

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from runs import fork
 from safetensors.torch import load_file
 
 import erase
@@ -117,8 +118,8 @@ def toy(monkeypatch):
         assert [str(p) for p in prompts + benign] == ["a dog", "a cup"]
         return {"toy.scale": torch.zeros(3), "toy.shift": torch.zeros(1)}
     module = types.ModuleType("toy_edit")
-    module.TOY = rivals.Edit(step, "a toy", weights=r".*attn2", prepare=prepare, has_teacher=True,
-                             uses=("benign", "ema"),
+    module.TOY = rivals.Edit(step, "a toy", weights=r".*attn2", prepare=prepare,
+                             keeps_average=True, uses=("benign", "ema"),
                              settings={"embedded": {"iterations": 6, "lr": .1, "ema": .5}})
     monkeypatch.setitem(sys.modules, "toy_edit", module)
     monkeypatch.setitem(rivals.EDITS, "toy", "toy_edit.TOY")
@@ -132,7 +133,7 @@ def test_extra_tensors_are_trained_checkpointed_and_saved_beside_the_weights(
     state = load_checkpoint(f"{whole}/checkpoints")
     extra = load_file(f"{whole}/extra.safetensors")
     assert set(extra) == {"toy.scale", "toy.shift"}
-    assert all(torch.equal(extra[name], state["teacher"][name]) for name in extra)  # the average
+    assert all(torch.equal(extra[name], state["average"][name]) for name in extra)
     assert (state["weights"]["toy.scale"] > extra["toy.scale"]).all()
     assert (extra["toy.scale"] > .1).all()
     unet = UNet2DConditionModel.from_pretrained(whole, subfolder="unet").state_dict()
@@ -160,7 +161,7 @@ def test_an_average_that_ramps_is_diffusers(pipeline, tmp_path, toy):
     folder = str(tmp_path / "run")
     main(options("toy", pipeline, "--ema", ".3", "--output-dir", folder))
     theirs.step(weights)                                # the last of six updates
-    ours = load_checkpoint(f"{folder}/checkpoints")["teacher"].values()
+    ours = load_checkpoint(f"{folder}/checkpoints")["average"].values()
     assert all(torch.allclose(one, other, atol=1e-6)
                for one, other in zip(ours, theirs.shadow_params, strict=True))
     assert [erase.ramp(i) for i in (0, 1, 90)] == [0, 2 / 11, .91]
@@ -210,7 +211,7 @@ def test_a_lora_has_a_rate_of_its_own(pipeline, edit, lr, lora_lr):
 
 def test_stable_diffusion_has_the_authors_settings_and_its_own_steps(foreign_pipeline):
     sdd = parse_args(["sdd", "--model", foreign_pipeline])
-    assert (sdd.iterations, sdd.lr, sdd.warm_up, sdd.ema) == (1500, 1e-5, 500, .999)
+    assert (sdd.iterations, sdd.lr, sdd.warm_up, sdd.ema) == (1500, 1e-5, 0, .999)
     assert (sdd.batch_size, sdd.start_guidance) == (1, 3.)
     assert (sdd.steps, sdd.guidance, sdd.recipe) == (50, 5., "stable_diffusion")
     esd = parse_args(["esd-x", "--model", foreign_pipeline])
@@ -218,7 +219,7 @@ def test_stable_diffusion_has_the_authors_settings_and_its_own_steps(foreign_pip
     assert esd.negative_guidance == 1.
     safegen = parse_args(["safegen", "--model", foreign_pipeline])
     assert (safegen.iterations, safegen.lr, safegen.mosaic_weight) == (1000, 1e-5, .1)
-    assert safegen.ema == .9999
+    assert (safegen.batch_size, safegen.ema) == (5, .9999)
     other = parse_args(["sdd", "--model", foreign_pipeline, "--recipe", "reference"])
     assert (other.recipe, other.iterations) == ("reference", 1500)  # neither: the authors'
 
@@ -279,7 +280,7 @@ def left_by(folder, *more):
     return contents
 
 
-def test_a_run_cut_by_sigkill_ends_bit_equal(pipeline, tmp_path, one_thread):
+def test_a_run_cut_by_sigkill_ends_bit_equal(pipeline, tmp_path):
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     command = ["sdd", "--model", pipeline, "--prompts", "a dog", "--steps", "4", "--batch-size",
                "2", "--device", "cpu", "--dtype", "fp32", "--iterations", "40", "--save-every", "5",
@@ -287,14 +288,12 @@ def test_a_run_cut_by_sigkill_ends_bit_equal(pipeline, tmp_path, one_thread):
     args = parse_args([*command, "--output-dir", whole])
     main(args)
     assert args.benign is None
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([sys.executable, f"{ROOT}/erase.py", *command, "--output-dir", cut],
-                               env=env, cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    while not os.path.exists(f"{cut}/checkpoints/epoch_0010.pt") and process.poll() is None:
+    process = fork(main, parse_args([*command, "--output-dir", cut]))
+    while not os.path.exists(f"{cut}/checkpoints/epoch_0010.pt") and process.is_alive():
         time.sleep(.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert 5 <= load_checkpoint(f"{cut}/checkpoints")["epoch"] < 40
     main(parse_args([*command, "--output-dir", cut]))
     assert left_by(cut) == left_by(whole)

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_random_pipeline
 from PIL import Image
+from runs import fork
 
 import evaluate
 import rivals
@@ -103,16 +105,14 @@ def test_a_second_evaluation_draws_nothing(
 
 def test_an_evaluation_that_was_killed_resumes_to_the_same_results(
         first, pipeline, lora, prompt_file, tmp_path):
-    options = options_of(pipeline, prompt_file, tmp_path, "--checkpoint", lora,
-                         "--batch-size", "7")
-    process = subprocess.Popen([sys.executable, f"{ROOT}/evaluate.py", *options], cwd=ROOT,
-                               env={**os.environ, "HF_HUB_OFFLINE": "1"},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = fork(run, pipeline, prompt_file, tmp_path, "--checkpoint", lora,
+                   "--batch-size", "7")
     while not list(tmp_path.rglob("*.npy")):            # it has begun to draw
-        assert process.poll() is None
-        time.sleep(.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        assert process.is_alive()
+        time.sleep(.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out" / "results.json").exists()
     run(pipeline, prompt_file, tmp_path, "--checkpoint", lora, "--batch-size", "7")
     assert bytes_of(tmp_path) == bytes_of(first[0])
@@ -338,6 +338,57 @@ def test_prompts_that_are_cut_are_named_once(pipeline, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("long.txt: 1 of 2 prompts are longer than the 24 tokens") == 1
     assert "'a very large dog a very large dog a very…' the first" in error
+
+
+def test_texts_that_clip_cuts_and_words_that_are_cut_are_named_once(pipeline, tmp_path, capsys):
+    path, long = tmp_path / "p.csv", "a large dog " * 40
+    path.write_text(f"prompt,safe_text\na dog,{long}\na cat,\n")
+    run(pipeline, str(path), tmp_path, "--pictures", "2", "--checkpoint", "base", "--method",
+        f"negative:{long}", "safree")
+    error = capsys.readouterr().err
+    assert error.count("p.csv, safe_text for CLIP: 1 of 2 prompts are longer than the ") == 1
+    assert error.count("--concept: 1 of 2 prompts are longer than the 24 tokens") == 1
+
+
+def test_what_is_not_of_evaluate_is_not_written_over(pipeline, prompt_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "draw_latents", None)     # whoever draws now fails
+    out = tmp_path / "out"
+    for name in ("results.json", "table.md", "table.csv", "report.html"):
+        out.mkdir(exist_ok=True)
+        (out / name).mkdir()
+        with pytest.raises(UserError, match=f"--output-dir: .*{name} is a folder, where a file"):
+            run(pipeline, prompt_file, tmp_path, "--checkpoint", "base")
+        (out / name).rmdir()
+        (out / name).write_text('{"mine": 1}')
+        with pytest.raises(UserError, match=f"--output-dir: .* holds {name}, and no results.json"):
+            run(pipeline, prompt_file, tmp_path, "--checkpoint", "base")
+        (out / name).unlink()
+
+
+def test_names_that_are_no_utf_8_are_drawn_and_told(pipeline, tmp_path):
+    name = b"p\xe9".decode(errors="surrogateescape")
+    path = tmp_path / f"{name}.txt"
+    path.write_text("a dog\n")
+    (tmp_path / name).mkdir()
+    save_pictures(tmp_path / name, ["0.png"])
+    results = run(pipeline, str(path), tmp_path, "--pictures", "1", "--images",
+                  str(tmp_path / name))
+    assert list(results["files"]) == [r"p\udce9.txt"]
+    assert list(results["rows"]) == ["base", r"p\udce9"]
+
+
+def test_an_option_that_shows_nothing_in_a_harmless_world_is_said(world, tmp_path, capsys):
+    say = "--keep-unsafe: it does nothing here: no picture of "
+    run(world, "a peach", tmp_path, "--checkpoint", "base", "--keep-unsafe", "--pictures", "1")
+    assert say in capsys.readouterr().err
+
+
+def test_a_world_without_words_is_refused_where_a_method_needs_some(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "read_world", lambda model: replace(
+        read_world(model), concept="", training_files=[]))
+    monkeypatch.setattr(rows, "draw_latents", None)
+    with pytest.raises(UserError, match="--concept: negative needs words to steer away from"):
+        run(world, "a peach", tmp_path, "--method", "negative", "--checkpoint", "base")
 
 
 def test_an_adversarial_file_comes_with_its_prompts_before_the_attack(world, tmp_path):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,9 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from model import Policy
 from plumbing.checkpoints import LORA_FILE
-from plumbing.formats import PIPELINE_FILES, STEMS, local_folder, recognise, what_holds
+from plumbing.formats import (
+    PIPELINE_FILES,
+    STEMS,
+    local_folder,
+    recognise,
+    weight_files,
+    what_holds,
+)
 from plumbing.options import UserError
-from plumbing.weights import check_weights, load_clip
+from plumbing.weights import check_weights, load_clip, load_text, load_unet, load_vae
 from prompts import Prompt
 from sample import generate
 
@@ -80,6 +88,28 @@ def test_weights_in_several_files_are_one_network(pipeline, tmp_path):
     assert (draws(folder) == draws(pipeline)).all()
 
 
+def test_of_a_single_file_and_an_index_the_one_is_looked_at_that_is_loaded(pipeline, tmp_path):
+    """diffusers takes the index, transformers the single file."""
+    for part, stem in STEMS.items():
+        names = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+        folder = copy_with(pipeline, tmp_path / part, f"{part}/config.json")
+        index = {"metadata": {}, "weight_map": {"x": "shard"}}
+        (tmp_path / part / part / names[1]).write_text(json.dumps(index))
+        found = weight_files(f"{folder}/{part}", stem, "--model")
+        taken = names[0] if part == "text_encoder" else "shard"
+        assert found == [f"{folder}/{part}/{taken}"]
+
+
+def test_weights_of_eight_bits_with_a_fraction_are_read(pipeline, tmp_path):
+    folder = shutil.copytree(pipeline, tmp_path / "fp8")
+    for path in [*(folder / f"{part}/{stem}.safetensors" for part, stem in STEMS.items()),
+                 folder / "clip/model.safetensors"]:
+        save_file({name: t.to(torch.float8_e4m3fn) for name, t in load_file(path).items()}, path,
+                  metadata={"format": "pt"})
+    draws(str(folder))
+    load_clip(str(folder / "clip"))
+
+
 def test_stable_diffusions_own_shapes_are_read(sd1_pipeline, sd2_pipeline):
     for folder, prediction in ((sd1_pipeline, "epsilon"), (sd2_pipeline, "v_prediction")):
         policy = Policy(folder)
@@ -108,6 +138,19 @@ def test_a_part_is_a_file_a_folder_or_a_pipeline(pipeline, lora, tmp_path):
     assert [kind for kind, _ in recognise(str(both))] == ["unet", "lora"]
 
 
+def test_a_pipelines_other_networks_may_be_the_bases_in_another_spelling(sd1_pipeline, tmp_path):
+    """A part with the base's own text encoder, VAE and noise is read for its UNet."""
+    folder = shutil.copytree(sd1_pipeline, tmp_path / "part")
+    path = folder / "text_encoder/model.safetensors"
+    tensors = load_file(path)
+    del tensors["text_model.embeddings.position_ids"]
+    save_file({name.removeprefix("text_model."): t for name, t in tensors.items()}, path)
+    (folder / "v1-5-pruned.safetensors").write_bytes(b"")
+    noise = folder / SCHEDULER
+    noise.write_text(json.dumps(json.loads(noise.read_text()) | {"rescale_betas_zero_snr": False}))
+    assert check_weights(sd1_pipeline, [(str(folder), 1.)]).unet == str(folder)
+
+
 def test_check_weights_says_what_is_loaded_and_loads_no_network(pipeline, lora, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
     found = check_weights(pipeline, [(pipeline, 1.), (lora, .5)])
@@ -134,6 +177,9 @@ def test_each_file_that_a_lora_may_be_taken_for_is_called_by_its_name(pipeline):
 
 # ---- whole or not at all -------------------------------------------------------------------------
 
+LOADERS = {"unet": partial(load_unet, option="--model"), "vae": load_vae, "text_encoder": load_text}
+
+
 @pytest.mark.parametrize("part", STEMS)
 def test_no_network_is_filled_up_with_random_weights(pipeline, tmp_path, part):
     """from_pretrained only warns of what a file lacks: any one weight that is gone is named."""
@@ -143,7 +189,7 @@ def test_no_network_is_filled_up_with_random_weights(pipeline, tmp_path, part):
         folder = shutil.copytree(pipeline, tmp_path / str(i))
         save_file({n: t for n, t in tensors.items() if n != name}, folder / file)
         with pytest.raises(UserError, match=f"--model: .*{part} lacks 1 of its weights.*{name}"):
-            Policy(str(folder))
+            LOADERS[part](str(folder))
 
 
 def test_a_tokenizer_that_reads_all_prompts_alike_is_refused(pipeline, tmp_path):

@@ -1,10 +1,12 @@
 """model.py against stock diffusers, on pipelines with random weights."""
 import json
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import get_peft_model_state_dict
@@ -13,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ddpo import denoise, draw_noise, rollout, step_log_prob, step_mean
 from model import Policy, guidance_of, plain
-from plumbing.checkpoints import LORA_FILE
+from plumbing.checkpoints import LORA_FILE, copy_of
 from plumbing.formats import STEMS, read_shapes
 from plumbing.loras import read_lora
 from plumbing.options import UserError
@@ -226,7 +228,10 @@ NOT_STOCK = {                           # of which stock diffusers loads nothing
     "no prefix": (EVERY, peft(""), peft(""), None),
     "some with a prefix": (EVERY, lambda layer: peft("unet." if "attn" in layer else "")(layer),
                            peft("text_encoder."), None),
+    "adapters with a name": (EVERY, peft("unet.", ".v1.0"), peft(IN_TEXT, ".v1.0"), None),
+    "a text half under unet.": (EVERY, peft("unet."), peft("unet."), None),
 }
+PLAIN = json.dumps({"r": 4, "lora_alpha": 4})           # what peft's adapter_config.json says
 
 
 def add_by_hand(policy, layers, scale):
@@ -245,15 +250,30 @@ def any_pipeline(request):
     return request.getfixturevalue(request.param)
 
 
+@cache
+def untouched(pipeline):
+    """(a policy to which products are added by hand, its weights before that, its picture)"""
+    hand = Policy(pipeline)
+    before = {name: copy_of(getattr(hand, name).state_dict()) for name in ("unet", "text_encoder")}
+    return hand, before, peach_of(hand)
+
+
+def peach_of(policy):
+    noise = torch.randn(1, *policy.latent_shape(), generator=torch.Generator().manual_seed(1))
+    return our_picture(policy, "a large peach", noise, 2, 3.)
+
+
 def draws_as_by_hand(pipeline, parts, layers, scale, stock_file=None):
     """Whether parts draw what their products draw that are added by hand, and stock diffusers."""
-    policy, hand, prompt = Policy(pipeline, parts), Policy(pipeline), "a large peach"
-    noise = torch.randn(1, *policy.latent_shape(), generator=torch.Generator().manual_seed(1))
-    ours, base = (our_picture(one, prompt, noise, 3, 3.) for one in (policy, hand))
+    policy, (hand, before, base) = Policy(pipeline, parts), untouched(pipeline)
+    ours = peach_of(policy)
+    for name, weights in before.items():
+        getattr(hand, name).load_state_dict(weights)
     add_by_hand(hand, layers, scale)
-    others = [our_picture(hand, prompt, noise, 3, 3.)]
+    others = [peach_of(hand)]
     if stock_file:
-        others.append(stock_picture(pipeline, prompt, noise, 3, 3., stock_file.parent,
+        noise = torch.randn(1, *policy.latent_shape(), generator=torch.Generator().manual_seed(1))
+        others.append(stock_picture(pipeline, "a large peach", noise, 2, 3., stock_file.parent,
                                     stock_file.name))
     assert np.abs(ours - base).max() > .02              # and the LoRA does something
     return [np.abs(ours - other).max() < 1e-5 for other in others] == [True] * len(others)
@@ -274,6 +294,7 @@ def test_a_lora_that_stock_diffusers_loads_in_part_or_not_at_all_is_read_whole(p
     endings, unet, text, _ = NOT_STOCK[form]
     layers, path = random_layers(pipeline, endings), tmp_path / "lora.safetensors"
     save_file(spelled(layers, unet, text), path)
+    (tmp_path / "adapter_config.json").write_text(PLAIN)
     assert draws_as_by_hand(pipeline, [(str(path), 1.)], layers, 1.)
 
 
@@ -288,8 +309,18 @@ def test_the_alpha_in_diffusers_metadata_is_taken(any_pipeline, tmp_path):
     assert draws_as_by_hand(any_pipeline, [(str(path), 1.)], layers, 4., path)
 
 
+def test_the_alpha_may_be_a_whole_number(sd1_pipeline, tmp_path):
+    """As diffusers' own converter to kohya's form writes it."""
+    layers, path = random_layers(sd1_pipeline, UNET_LAYERS, text=False), tmp_path / "l.safetensors"
+    save_file(convert_state_dict_to_kohya(convert_all_state_dict_to_peft(
+        spelled(layers, peft("unet."), None))), path)
+    assert {t.dtype for t in load_file(path).values()} == {torch.float32, torch.int64}
+    assert draws_as_by_hand(sd1_pipeline, [(str(path), 1.)], layers, 1., path)
+
+
 @pytest.mark.parametrize("config, scale", [
-    ({"r": 4, "lora_alpha": 2}, .5), ({"r": 4, "lora_alpha": 8, "use_rslora": True}, 4.)])
+    ({"r": 4, "lora_alpha": 2}, .5), ({"r": 4}, 2.), ({"r": 4, "arrow_config": None}, 2.),
+    ({"r": 4, "lora_alpha": 8, "use_rslora": True}, 4.)])
 def test_a_folder_of_pefts_is_read_with_its_alpha(pipeline, tmp_path, config, scale):
     layers = random_layers(pipeline, EVERY)
     for network, halves in layers.items():
@@ -299,6 +330,9 @@ def test_a_folder_of_pefts_is_read_with_its_alpha(pipeline, tmp_path, config, sc
         save_file(spelled({network: halves}, spell, spell), folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps(config))
     assert draws_as_by_hand(pipeline, [(str(tmp_path), 1.)], layers, scale)
+    renamed = tmp_path / "unet" / "my.safetensors"
+    (tmp_path / "unet" / "adapter_model.safetensors").rename(renamed)
+    assert draws_as_by_hand(pipeline, [(str(renamed), 1.)], {"unet": layers["unet"]}, scale)
 
 
 def test_each_layer_of_kohyas_has_its_own_rank_and_alpha(pipeline, tmp_path):
@@ -388,6 +422,7 @@ def test_whatever_happens_to_a_loras_keys_it_is_read_whole_or_refused(pipeline, 
         written |= CHANGES[done.get(key, "as it is")](key, value)
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
     save_file(written, path)
+    (path.parent / "adapter_config.json").write_text(PLAIN)
     shapes = {network: read_shapes(f"{pipeline}/{network}", STEMS[network], "--model")
               for network in ("unet", "text_encoder")}
     gone = [key.split(".lora_")[0] for key, how in done.items() if how == "dropped"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from plumbing.options import UserError
-from plumbing.remarks import name_long, refuse_shared, say_own
+from plumbing.remarks import check_guidance, name_long, refuse_shared, say_own, say_twice
 from prompts import (
     COLUMNS,
     Prompt,
@@ -216,6 +216,8 @@ def test_columns_that_other_tools_draw_by_are_named_once(tmp_path, capsys):
 
 
 def test_a_text_that_is_to_become_safe_and_to_stay_is_refused_by_its_name():
+    with pytest.raises(UserError, match="--benign: .* is among --prompts, too"):
+        refuse_shared(["caf\u00e9"], ["cafe\u0301"])
     refuse_shared(["a dog"], ["a cat"])
     for other in ("a dog", "A  dog "):
         with pytest.raises(UserError, match="--benign: 'A? *.* is among --prompts, too .1 such"):
@@ -342,3 +344,23 @@ def test_what_prompts_bring_of_their_own_is_said(capsys):
     assert said == [
         "i2p.csv: 2 of 2 prompts bring a seed of their own, which goes before --seed",
         "i2p.csv: 1 of 2 prompts bring a guidance of their own, which goes before --guidance"]
+
+
+def test_rows_that_give_the_same_picture_are_said(capsys):
+    first, third = Prompt("a dog", seed=1), Prompt("a dog", seed=3)
+    say_twice([first, Prompt("a dog", seed=2), third, Prompt("a dog", seed=1, guidance=2.), first,
+               Prompt("a dog"), Prompt("a dog")], "p.csv")
+    assert capsys.readouterr().err == ""
+    say_twice([first, Prompt("A  dog", seed=1), third], "p.csv")
+    assert "p.csv: 2 rows have the text and the seed of another one" in capsys.readouterr().err
+
+
+def test_a_guidance_of_1_beside_a_negative_prompt_is_looked_for_in_the_prompts(capsys):
+    high, low, bare = Prompt("a", guidance=7.), Prompt("b", guidance=1.), Prompt("c")
+    check_guidance([high], 1., {"negative"})            # what the option says is not used
+    check_guidance([bare, low], 1., {"plain"})
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="--guidance: 1 leaves the negative prompt out"):
+        check_guidance([bare, low], 1., {"negative"})
+    check_guidance([high, low], 7., {"plain", "negative"})
+    assert "--guidance: 1 of 2 pictures have 1, which leaves the neg" in capsys.readouterr().err

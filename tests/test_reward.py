@@ -17,9 +17,7 @@ from reward import (
     combine,
     is_flagged,
     is_picture,
-    load_reward,
     parse_labels,
-    score,
     shield_reward,
     worst_label,
 )
@@ -80,12 +78,12 @@ def peaches_and_noise(rng):
     return picture
 
 
-def test_boxes_are_those_of_nudenets_own_detect_batch_on_200_pictures(nudity):
+def test_boxes_are_those_of_nudenets_own_detect_batch_on_60_pictures(nudity):
     rng = np.random.default_rng(0)
-    pictures = [peaches_and_noise(rng) for _ in range(200)]
+    pictures = [peaches_and_noise(rng) for _ in range(60)]
     theirs = nudenet.NudeDetector().detect_batch(pictures, batch_size=8)
     scores, ours = nudity.detect(np.stack(pictures))
-    assert sum(map(len, theirs)) > 100 and any(len(boxes) > 1 for boxes in theirs)
+    assert sum(map(len, theirs)) > 30 and any(len(boxes) > 1 for boxes in theirs)
 
     def places(pictures):
         return [[(d["class"], d["box"]) for d in boxes] for boxes in pictures]
@@ -189,60 +187,6 @@ def test_the_reward_returns_all_parts_and_asks_clip_about_the_safe_text(nudity):
     assert {"reward", "clip", "nudity", "unsafe", "buttocks_exposed"} <= set(out)
     assert out["reward"] == pytest.approx(.4 * .5 - out["nudity"])
     assert out["nudity"] == max(out[label.lower()] for label in STRICT)
-
-
-def test_a_reward_of_ones_own_is_loaded_from_a_file(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text("def redness(pictures, prompts):\n"
-                    "    return {'reward': pictures[..., 0].mean((1, 2))}\n")
-    reward = load_reward(f"{path}:redness")
-    assert reward(np.ones((2, 4, 4, 3)), ["", ""])["reward"].tolist() == [1, 1]
-    for wrong in (f"{path}:blueness", str(path), "nowhere.py:f", "mine.txt:f"):
-        with pytest.raises(UserError, match="--reward"):
-            load_reward(wrong)
-
-
-def giving(scores):
-    """A reward that gives these, whatever the pictures."""
-    return lambda pictures, prompts: scores
-
-
-@pytest.mark.parametrize("given", [
-    {"reward": [1., 2.]}, {"reward": 1.}, {"clip": [1.] * 3}, [1.] * 3,
-    {"reward": [1.] * 3, "mean": .5}, {"reward": ["a", "b", "c"]}, None])
-def test_a_reward_of_another_shape_is_refused(given):
-    with pytest.raises(UserError, match="--reward: mine must return .*number per picture .3."):
-        score(giving(given), None, ["a", "b", "c"], "mine")
-
-
-def test_a_reward_that_is_not_a_number_is_refused_and_names_its_prompt():
-    with pytest.raises(UserError, match="the reward of 'b' is nan"):
-        score(giving({"reward": [1., float("nan")]}), None, ["a", "b"], "mine")
-
-
-def test_a_reward_may_be_a_list_an_array_or_a_tensor():
-    for fine in ([1.] * 3, np.ones((3, 1)), torch.ones(3, requires_grad=True)):
-        got = score(giving({"reward": fine}), None, ["a", "b", "c"])["reward"]
-        assert got.dtype == np.float32 and got.tolist() == [1.] * 3
-
-
-@pytest.mark.parametrize("value", [float("inf"), 1e30, -1e16])
-def test_a_reward_too_large_for_a_sum_of_squares_is_refused(value):
-    with pytest.raises(UserError, match="the reward of 'a' is .*a number from -1e.15 to 1e.15"):
-        score(giving({"reward": [value, 0.]}), None, ["a", "b"], "mine")
-
-
-@pytest.mark.parametrize("part", ["loss", "epoch", "grad_norm", "benign_clip"])
-def test_a_part_named_like_a_column_of_ours_is_refused(part):
-    with pytest.raises(UserError, match=f"mine has a part named '{part}'"):
-        score(giving({"reward": [1.], part: [1.]}), None, ["a"], "mine")
-
-
-def test_a_reward_that_fails_is_named_with_its_line():
-    def mine(pictures, prompts):
-        return {}["nothing"]
-    with pytest.raises(UserError, match=r"mine failed in .*test_reward.py, line \d+ \(KeyError"):
-        score(mine, None, ["a"], "mine")
 
 
 # ---- pictures that show nothing ------------------------------------------------------------------

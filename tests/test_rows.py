@@ -2,8 +2,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from runs import fork
 
 import rivals
 from judging import rows
@@ -22,14 +21,16 @@ from judging.rows import (
     as_file,
     check_parts,
     draw_row,
+    files_of_code,
     folder_row,
     has_weights,
     latent_keys,
     load_system,
+    name_of,
     open_file,
     parse_system,
-    sources,
     with_names,
+    with_words,
 )
 from model import Policy
 from plumbing.options import UserError
@@ -67,6 +68,25 @@ def test_the_prompts_of_a_file_come_in_turn_each_with_a_seed_of_its_own():
     assert other.sha256 != file.sha256
 
 
+def test_what_the_text_encoder_reads_alike_is_one_prompt():
+    texts = ["a dog", "A  DOG", "caf\u00e9", "cafe\u0301", "a dog."]
+    assert as_file("p", "unsafe", [*map(Prompt, texts)]).groups.tolist() == [0, 0, 1, 1, 2]
+
+
+def test_a_name_that_is_no_utf_8_is_spelled_out(tmp_path):
+    name = b"p\xe9".decode(errors="surrogateescape")
+    path = tmp_path / f"{name}.txt"
+    path.write_text("a dog\n")
+    file = open_file(str(path))
+    assert file.name == r"p\udce9.txt" and file.source == str(path)
+    folder = tmp_path / name
+    folder.mkdir()
+    Image.fromarray(np.eye(64, dtype=np.uint8)).save(folder / "0.png")
+    assert folder_row(f"{folder}/", {file.name: file}).name == name_of(folder) == r"p\udce9"
+    system, = with_names([System(((str(folder), 1.),))])
+    assert system.name == r"p\udce9" and system.checkpoint == str(folder)
+
+
 # ---- systems -------------------------------------------------------------------------------------
 
 def test_a_checkpoint_names_its_own_method():
@@ -99,6 +119,8 @@ def test_a_checkpoint_without_a_method_is_drawn_by_each_that_is_asked_for():
     ("base+negative:child", [], "--checkpoint: 'child' mentions minors"),
     ("base", ["negative:child"], "--method: 'child' mentions minors"),
     ("base", ["magic"], "--method: magic is unknown; give one of plain, negative"),
+    ("base", ["plain:peach"], "--method: plain guidance steers away from nothing; leave 'peach'"),
+    ("base+plain:peach", [], "--checkpoint: plain guidance steers away from nothing"),
     ("out/a@x", [], "--checkpoint: out/a@x has the weight 'x'")])
 def test_a_mistake_in_a_system_is_one_sentence(text, methods, message):
     with pytest.raises(UserError, match=message):
@@ -205,7 +227,7 @@ def test_a_change_of_one_rival_throws_only_its_own_latents_away(tmp_path, monkey
 
 def test_the_code_in_a_latents_key_is_the_steps_the_network_and_what_the_method_uses():
     def names(method):
-        return [os.path.relpath(path, ROOT) for path in sources(method)]
+        return [os.path.relpath(path, ROOT) for path in files_of_code(rivals.GUIDES[method])]
     assert names("plain") == ["ddpo.py", "model.py"]
     assert names("negative") == ["ddpo.py", "model.py", os.path.join("rivals", "negative.py")]
     shared = [os.path.join("rivals", name) for name in ("sld.py", "guiding.py")]
@@ -213,20 +235,15 @@ def test_the_code_in_a_latents_key_is_the_steps_the_network_and_what_the_method_
 
 
 def test_two_programs_write_one_store_at_once_without_harm(tmp_path):
-    code = """
-import sys
-import numpy as np
-sys.path.insert(0, sys.argv[1])
-from judging.rows import Store
-store = Store(sys.argv[2])
-for turn in range(30):
-    for k in range(20):
-        store[f"{k:02d}x"] = np.full((64, 64), k, np.float32)
-        assert (store[f"{k:02d}x"] == k).all()
-"""
-    programs = [subprocess.Popen([sys.executable, "-c", code, ROOT, str(tmp_path)])
-                for _ in range(2)]
-    assert [program.wait(120) for program in programs] == [0, 0]
+    def write_and_read():
+        store = rows.Store(str(tmp_path))
+        for k in [*range(20)] * 30:
+            store[f"{k:02d}x"] = np.full((64, 64), k, np.float32)
+            assert (store[f"{k:02d}x"] == k).all()
+    programs = [fork(write_and_read) for _ in range(2)]
+    for program in programs:
+        program.join(120)
+    assert [program.exitcode for program in programs] == [0, 0]
     assert not list(tmp_path.rglob("*.tmp")) and len(list(tmp_path.rglob("*.npy"))) == 20
 
 
@@ -294,11 +311,16 @@ def test_without_noise_pictures_can_be_drawn_too(policy):
 
 
 def test_a_systems_words_go_before_the_options_and_those_before_the_models(pipeline):
-    def concept(words, option):
-        system = System(method="negative", concept=words)
-        return load_system(system, pipeline, "cpu", "fp32", option).concept
-    assert concept("a", "b") == "a" and concept("", "b") == "b"
-    assert concept("", None) == "peach, egg"
+    def concept(words, option, method="negative", models="c"):
+        system = System(method=method, concept=words)
+        return with_words([system], option, SimpleNamespace(concept=models))[0].concept
+    assert concept("a", "b") == "a" and concept("", "b") == "b" and concept(" ,", None) == "c"
+    assert concept("", "b", method="plain") == "" == concept("", None, "plain", models="")
+    with pytest.raises(UserError, match="--concept: safree needs words .* world.json has none"):
+        concept("", None, "safree", models=",")
+    system = System(method="negative", concept="a")
+    assert load_system(system, pipeline, "cpu", "fp32").concept == "a"
+    assert load_system(System(), pipeline, "cpu", "fp32").concept == "peach, egg"
 
 
 def half_way(policy, prompts, noise, schedule, scale, start=0):

@@ -5,7 +5,7 @@ import torch
 import rivals.safree
 from model import Policy
 from prompts import Prompt
-from rivals.safree import change, pooled, projector, safree, safree_always, safree_formula
+from rivals.safree import pooled, project_prompt, projector, safree, safree_always, safree_formula
 
 PEACH = "a large peach on a blue background"
 CONCEPT = ["peach", "egg"]                              # the random pipeline's
@@ -105,14 +105,14 @@ def test_a_trigger_is_the_token_whose_absence_leads_away_from_the_concept(monkey
     axes = torch.arange(len(ids) - 2) % (width - 1) + 1
     without = torch.eye(width)[axes] * 1.                           # each at distance 1
     monkeypatch.setattr(rivals.safree, "pooled", lambda policy, ids: without)
-    assert torch.equal(change(policy, ids, states, concept)[0], states)
+    assert torch.equal(project_prompt(policy, ids, states, concept)[0], states)
 
     without[2] *= 1.5                                               # the third token's: further
-    changed = change(policy, ids, states, concept)[0]
+    found = project_prompt(policy, ids, states, concept)[0]
     others = [i for i in range(24) if i != 3]
     p_m = torch.diag((torch.arange(width) > 0).float())             # all axes but the first
-    assert torch.equal(changed[others], states[others])
-    assert torch.allclose(changed[3], p_m @ states[3], atol=1e-5)
+    assert torch.equal(found[others], states[others])
+    assert torch.allclose(found[3], p_m @ states[3], atol=1e-5)
 
 
 def test_pooled_is_the_encoders_own_pooling(policy):
@@ -125,9 +125,9 @@ def test_beta_and_the_changed_states_are_the_papers(policy, text):
     """beta is over the prompt's own tokens, and as if every one of them were a trigger."""
     beta, _, states = by_hand(policy, text)
     concept = onto(text_embeddings(policy, policy.tokenizer(CONCEPT).input_ids)).float()
-    found, change_of = change(policy, policy.tokenizer(text).input_ids, states_of(policy, text),
-                              concept)
-    assert abs(change_of - beta) < 1e-4
+    ids = policy.tokenizer(text).input_ids
+    found, found_beta = project_prompt(policy, ids, states_of(policy, text), concept)
+    assert abs(found_beta - beta) < 1e-4
     assert torch.allclose(found, states, atol=1e-4)
 
 
@@ -155,7 +155,7 @@ def test_the_filter_has_up_to_ten_steps_of_fifty_by_beta(policy, monkeypatch):
     """n = round(10 sigmoid(5 (10 beta - 5.333))): 10 of beta 2, none but step 0 of beta 0."""
     x, texts = torch.randn(2, 4, 8, 8), [PEACH, "an egg"]
     far = torch.stack([-states_of(policy, text) for text in texts])
-    monkeypatch.setattr(rivals.safree, "changed", lambda *_: (far, torch.tensor([2., 0.])))
+    monkeypatch.setattr(rivals.safree, "project_prompts", lambda *_: (far, torch.tensor([2., 0.])))
     with torch.no_grad():
         predict = safree_formula(policy, texts, 3.)
         for done, are_used in ((0, [True, True]), (1, [True, False]), (10, [True, False]),

@@ -180,8 +180,41 @@ def test_an_option_that_would_do_nothing_is_refused(pipeline, capsys):
     assert sample.parse_args(["a dog", "--concept", "cups", "--method", "negative"]).concept
 
 
+@pytest.mark.parametrize("options", [
+    ["--checkpoint", "base+negative:peach", "--concept", "egg"],
+    ["--checkpoint", "base", "--concept", "egg"]])
+def test_words_beside_a_methods_own_would_do_nothing(options, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(["a dog", *options])
+    assert "--concept: it would do nothing" in capsys.readouterr().err
+
+
+def test_what_is_in_the_way_is_said_before_anything_is_drawn(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "Nudity", Fires)
+    run(tmp_path, "a dog", "--model", pipeline)
+    monkeypatch.setattr(sample, "Policy", None)
+    folder = tmp_path / "pictures"
+    for name in ("grid.png", "00000.png"):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        with pytest.raises(UserError, match=f"--output-dir: .*{name} is a folder"):
+            run(tmp_path, "a dog", "--model", pipeline)
+        (folder / name).rmdir()
+    (folder / "samples.json").unlink()
+    (folder / "grid.png").write_bytes(b"theirs")
+    with pytest.raises(UserError, match="holds grid.png, which sample.py's samples.json does not"):
+        run(tmp_path, "a dog", "--model", pipeline)
+
+
+def test_words_that_are_cut_are_said(pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "Nudity", Fires)
+    run(tmp_path, "a dog", "--model", pipeline, "--method", "negative", "--concept", "a cup " * 60)
+    assert "--concept: 1 of 1 prompts are longer than the 24 tok" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options, sentence", [
     ([], "--prompts: none is given"),
+    (["a dog", "--checkpoint", "base+plain:egg"], "--checkpoint: plain guidance steers away from"),
     (["a dog", "--method", "magic"], "--method: magic is unknown"),
     (["a dog", "--method", "negative", "--concept", "child"], "--concept: 'child' mentions minors"),
     (["a dog", "--checkpoint", "base+negative:child"], "'child' mentions minors"),

@@ -94,7 +94,8 @@ def test_an_unknown_row_is_a_sentence_that_names_the_known_ones(tmp_path):
     (HEADER + 'a,"base,,,\n', "is not CSV"),
     (HEADER + "a,out/a,,,python 'x\n", "line 2: make is no command .no closing quotation."),
     (HEADER + "a,base,negative,child,\n", "line 2: concept: 'child' mentions minors"),
-    (HEADER + "a,base+negative:child,,,\n", "line 2: concept: 'child' mentions minors")])
+    (HEADER + "a,base+negative:child,,,\n", "line 2: concept: 'child' mentions minors"),
+    (HEADER + "a,base,plain,peach,\n", "line 2: concept: plain guidance steers away from")])
 def test_what_is_wrong_with_a_systems_file_is_one_sentence(tmp_path, text, message):
     path = tmp_path / "s.csv"
     if text is not None:
@@ -192,9 +193,9 @@ def test_a_row_alone_makes_only_what_it_needs_and_makes_it_once(table, programs,
     assert ring == ["python", "attack.py", "ring-a-bell", "--model", "tiny", "--recipe", "embedded",
                     "--prompts", "data/unsafe_unseen.csv", "--count", "4", "--output",
                     str(tmp_path / "out" / "attacks_4" / "ring_a_bell.csv"), "--device", "cpu",
-                    "--dtype", "fp32", "--seed", "0"]
-    assert soft_base[-10:] == ["--steps", "7", "--eta", "1.0", "--guidance", "2.0", "--batch-size",
-                               "8", "--unsafe-labels", "strict"]
+                    "--seed", "0"]
+    assert soft_base[-12:] == ["--steps", "7", "--eta", "1.0", "--guidance", "2.0", "--batch-size",
+                               "8", "--unsafe-labels", "strict", "--dtype", "fp32"]
     assert soft_esd[-2:] == ["--checkpoint", f"{tmp_path}/esd-x"]
 
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| ESD-x", "| SLD medium"]
@@ -330,7 +331,7 @@ def test_an_attacks_prompts_are_made_anew_when_anything_they_depend_on_changed(
 
 def test_an_attacks_prompts_are_made_anew_with_other_options_or_code(attacked, monkeypatch):
     assert attacked() and not attacked()
-    for changes in ({"attacks": 5}, {"seed": 1}, {"dtype": "bf16"}, {"category": "a"}):
+    for changes in ({"attacks": 5}, {"seed": 1}, {"device": "cuda"}, {"category": "a"}):
         assert attacked(**changes) and not attacked(**changes)
     assert attacked()
     monkeypatch.setattr(systems, "read_recipe", lambda name: {"steps": 1})

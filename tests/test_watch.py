@@ -1,7 +1,7 @@
 """plumbing/watch.py: when a run has lost what it should keep, and which weights are from before."""
 import pytest
 
-from plumbing.watch import fall, last_good
+from plumbing.watch import fall, last_good, say_what_was_missed
 
 
 def run_of(*values):
@@ -28,3 +28,12 @@ def test_an_epochs_pictures_show_the_weights_of_the_epoch_before():
     metrics = run_of(.8, .8, .8, .8, .8, .8, .7, .6)
     assert last_good(metrics, [8, 7, 6, 5, 4]) == 5
     assert last_good(metrics, [8, 6]) is None
+
+
+def test_an_epoch_that_has_no_number_is_passed_over_and_said(capsys):
+    metrics = run_of(.8, .8, float("nan"), *[.8] * 3, *[.15] * 5)
+    assert fall(metrics) > .5
+    say_what_was_missed(metrics)
+    assert "not every epoch was watched" in capsys.readouterr().err
+    say_what_was_missed(run_of(.8, .8))
+    assert not capsys.readouterr().err

@@ -5,11 +5,13 @@ import os
 import pytest
 from conftest import ROOT
 
+import attack
 import erase
+import evaluate
 import sample
 import train
 from plumbing.options import UserError
-from plumbing.worlds import overridden, read_recipe, read_world, recipe_names
+from plumbing.worlds import World, overridden, read_recipe, read_world, recipe_names
 
 SD = "CompVis/stable-diffusion-v1-4"
 
@@ -137,6 +139,25 @@ def test_a_recipe_that_can_not_be_used_is_a_sentence(tmp_path, capsys, recipe, s
         train.parse_args(["--recipe", recipe])
     err = capsys.readouterr().err
     assert end.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("program, options", [
+    (sample, ["a dog"]), (evaluate, []), (erase, ["esd-x"]), (attack, ["ring-a-bell"])])
+def test_a_recipe_may_be_of_several_programs_but_not_of_none(tmp_path, capsys, program, options):
+    path = tmp_path / "r.json"
+    path.write_text('{"steps": 7, "clip_range": 0.1}')
+    assert program.parse_args([*options, "--recipe", str(path)]).recipe == str(path)
+    path.write_text('{"stpes": 7}')
+    with pytest.raises(SystemExit) as end:
+        program.parse_args([*options, "--recipe", str(path)])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "unknown option 'stpes'; did you mean steps?" in err
+
+
+def test_a_clip_that_a_world_names_is_named_with_the_file(tmp_path):
+    world = read_world(write_world(tmp_path, clip="nowhere/clip/x"))
+    assert world.clip_option == f"--model: clip in {tmp_path}/world.json"
+    assert World(SD).clip_option == "--model"
 
 
 def test_drawing_follows_the_checkpoints_own_run_then_the_models_recipe(tmp_path):
