@@ -159,7 +159,8 @@ def read_rows(path, option):
     if ending == ".csv":
         header, rows = csv_rows(text, where)
         if not needed & set(header):
-            raise UserError(f"{where} has no column 'prompt'; its columns are {named(header)}")
+            raise UserError(f"{where} has no column 'prompt'; its columns are {named(header)}; "
+                            "commas stand between them")
         return rows
     rows = jsonl_rows(text, where)
     for line, row in rows:
@@ -250,7 +251,14 @@ class TrainingPrompts:
 
     def write_kept_back(self):
         for path, (prompts, category) in self.kept_back.items():
-            write_prompts(path, prompts, category)
+            text = prompt_table(prompts, category)
+            folder = os.path.dirname(path)
+            if os.path.exists(path) and not os.path.exists(os.path.join(folder, "args.json")):
+                with open(path, "rb") as file:
+                    if file.read() != text.encode():
+                        raise UserError(f"--output-dir: {path} is there and no run's; the prompts "
+                                        "that are kept back would replace it, give another folder")
+            write(path, text)
 
 
 def training_prompts(args):
@@ -311,8 +319,8 @@ def keep_back(prompts, least=16, most=64):
     return [p for p in prompts if p.key not in kept], [p for p in prompts if p.key in kept]
 
 
-def write_prompts(path, prompts, category=None):
-    """A .csv prompt file of these prompts (without text states of their own).
+def prompt_table(prompts, category=None):
+    """The text of a .csv prompt file of these prompts (without text states of their own).
 
     category: instead of their own; a file of "benign" rows is judged as one that has to stay.
     """
@@ -321,7 +329,7 @@ def write_prompts(path, prompts, category=None):
     table.writerow(["case_number", "prompt", "safe_text", "seed", "guidance", "category"])
     for p in prompts:
         table.writerow([p.case, str(p), p.safe_text, p.seed, p.guidance, category or p.category])
-    write(path, text.getvalue())
+    return text.getvalue()
 
 
 # ---- drawing -------------------------------------------------------------------------------------

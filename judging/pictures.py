@@ -143,7 +143,8 @@ def check_own(folder, option="--output-dir"):
     foreign = [name for name in names if own is None or name not in (GRID, *own)]
     if foreign:
         raise UserError(f"{option}: {folder} holds {foreign[0]}, which sample.py's {MANIFEST} does "
-                        "not name; move such pictures, or give another folder")
+                        "not name (an earlier edition's?); move such pictures, or give another "
+                        "folder")
 
 
 def replace_own(folder, pictures):

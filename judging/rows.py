@@ -20,6 +20,7 @@ from model import Policy
 from plumbing.checkpoints import LORA_FILE, read_args, was_trained_on
 from plumbing.devices import DTYPES
 from plumbing.files import make_folder
+from plumbing.formats import local_folder
 from plumbing.names import parse_checkpoint
 from plumbing.options import UserError
 from plumbing.remarks import check_words, same, steering_words
@@ -195,6 +196,7 @@ def check_parts(systems, model, is_given=False):
 
     is_given: whether the user named the model, which then holds, and the other is named on stderr.
     """
+    local_folder(model)                                 # a base that is gone is said to be
     for path in dict.fromkeys(path for system in systems for path, _ in system.parts):
         if os.path.isfile(os.path.join(path, "args.json")):
             run_args = read_args(path, "--checkpoint")

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 
+from plumbing import processes
 from plumbing.files import check_places, make_folder, write
 from plumbing.options import UserError, spelled
 from plumbing.worlds import DEFAULT_MODEL, locate, read_json
@@ -68,28 +69,28 @@ def sha256_of(*paths):
 def check_folder(args):
     """Is the folder new, or this very run's? Returns args as JSON, to be written there.
 
-    --epochs and --iterations may be raised; any other change is another run, unless nothing was
-    saved of this one yet.
+    --epochs and --iterations may be raised, and what changes nothing but rounding may change; any
+    other change is another run, unless nothing was saved of this one yet.
     """
     folder = args.output_dir
     make_folder(folder)
     check_places(folder, ("args.json", "metrics.jsonl", "curve.png", "README.md", "verdict.json",
                           LORA_FILE), ("checkpoints", "samples", "unet"))
+    saved = saved_epochs(os.path.join(folder, "checkpoints"))
     holds = [name for name in (LORA_FILE, "unet", "model_index.json", "README.md")
-             if os.path.exists(os.path.join(folder, name))]
+             if os.path.exists(os.path.join(folder, name))] + ["checkpoints"] * bool(saved)
     if not os.path.exists(os.path.join(folder, "args.json")):
         if holds:
-            raise UserError(f"--output-dir: {folder} holds {holds[0]}, which no run of this "
-                            "program's made there; give another folder")
+            raise UserError(f"--output-dir: {folder} holds {holds[0]}, and no args.json says that "
+                            "a run of this program's made it; move it, or give another folder")
         return json.dumps(as_recorded(args), indent=1)
     ours = as_recorded(args)
-    saved = saved_epochs(os.path.join(folder, "checkpoints"))
-    if saved or holds:
+    if holds:
         theirs = read_args(folder)
-        if "recipe" not in theirs:
-            raise UserError(f"--output-dir: {folder} was made by this program's first edition and "
-                            "can't be resumed; give another folder (its weights still load with "
-                            "--checkpoint)")
+        if "sha256" not in theirs:
+            raise UserError(f"--output-dir: {folder} was made by an earlier edition of this "
+                            "program and can't be resumed; give another folder (its weights still "
+                            "load with --checkpoint)")
         check_same_run(folder, ours, theirs)
         check_length(ours, theirs, saved)
     return json.dumps(ours, indent=1)
@@ -97,7 +98,10 @@ def check_folder(args):
 
 def check_same_run(folder, ours, theirs):
     """UserError where two runs' args differ in more than their length."""
-    may_change = {"epochs", "iterations", "output_dir", "sha256", "base"}
+    may_change = {"epochs", "iterations", "output_dir", "sha256", "base", "recipe", "save_every",
+                  "checkpoints_total_limit", "device", "compile", "gradient_checkpointing"}
+    if "groups" in ours:                                # train.py's, where it changes the rounding
+        may_change |= {"batch_size"}
     changed = [name for name in sorted({*ours, *theirs} - may_change)
                if not is_same(name, ours, theirs)]
     if not changed:
@@ -115,7 +119,8 @@ def check_length(ours, theirs, saved):
     if saved and ours[name] < max(saved):
         raise UserError(f"--{name}: {ours[name]} is given, and {max(saved)} are done; "
                         "give as many at least")
-    if theirs.get(name) != ours[name] and ours.get("lr_schedule") == "linear":
+    is_longer = theirs.get(name) != ours[name]
+    if is_longer and ours.get("lr_schedule") == "linear" and processes.is_lead():
         print(f"--{name}: {ours[name]} instead of {theirs.get(name)}: the rate now falls to 0 at "
               "another epoch, so this is not the run that begins with this many", file=sys.stderr)
 
@@ -155,8 +160,10 @@ def is_same_folder(one, other):
 def files_of(folder):
     """{path in a pipeline's folder: the path} of what draws: weights, configs, vocabulary."""
     found = [path for part in ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
-             for path in sorted(glob.glob(os.path.join(glob.escape(folder), part, "*")))]
-    return {os.path.relpath(path, folder): path for path in found if os.path.isfile(path)}
+             for path in sorted(glob.glob(os.path.join(glob.escape(folder), part, "*")))
+             if path.endswith((".json", ".txt", ".safetensors"))]
+    return {os.path.relpath(path, folder): path for path in found
+            if os.path.isfile(path) and ".fp16." not in path}
 
 
 def base_hash(model):

@@ -177,13 +177,15 @@ def recognise(path, option="--checkpoint"):
         found.insert(0, ("unet", unet))
     if not found:
         weights = [name for name in names if name.endswith((".safetensors", *PICKLES))]
-        convert = "; convert a pickle to safetensors" if set(weights) & set(LORA_PICKLES) else ""
+        convert = ("; convert a pickle to safetensors" if set(weights) & set(LORA_PICKLES) else
+                   "; give the file, or put a UNet into a folder unet/" if weights else "")
         raise UserError(f"{option}: {path} has neither {LORA_FILE} nor unet/: it holds "
                         f"{', '.join((weights or names)[:4]) or 'nothing'}{convert}")
     if "model_index.json" in names:                     # beside it a pipeline's single-file form
         names = []
-    unread = [name for name in names if name in LORA_PICKLES or name.endswith(".safetensors")
-              and name.replace(".safetensors", ".csv") not in names]    # an attack's text states
+    unread = [name for name in names                    # but an attack's text states, a second form
+              if name.endswith(".safetensors") and name.replace(".safetensors", ".csv") not in names
+              or name in LORA_PICKLES and name.replace(".bin", ".safetensors") not in names]
     for part in ("unet", "text_encoder"):
         if ("lora", os.path.join(path, part, PEFT_FILE)) in found:
             unread += [f"{part}/{name}" for name in sorted(os.listdir(os.path.join(path, part)))

@@ -76,7 +76,10 @@ def score(reward_fn, pictures, texts, name=None):
 
 def as_numbers(values):
     """A reward's part as a float32 array (N,) of its own. TypeError or ValueError if it is none."""
-    values = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values   # numpy has no bfloat16
+    values = np.asarray(values)
     if np.iscomplexobj(values):
         raise TypeError("complex numbers")
     return np.array(values, np.float32).reshape(-1)

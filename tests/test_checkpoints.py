@@ -102,9 +102,29 @@ def test_fewer_epochs_than_are_done_are_refused(tmp_path):
 def test_what_another_program_made_is_never_written_over(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("theirs")
-    with pytest.raises(UserError, match="which no run of this program's made there"):
+    with pytest.raises(UserError, match="and no args.json says"):
         check_folder(settings(tmp_path))
     assert (tmp_path / name).read_text() == "theirs"
+
+
+def test_checkpoints_of_nobody_knows_what_are_not_resumed(tmp_path):
+    save_checkpoint(f"{tmp_path}/checkpoints", {"epoch": 1})
+    with pytest.raises(UserError, match="holds checkpoints, and no args.json says"):
+        check_folder(settings(tmp_path))
+
+
+def test_what_changes_nothing_but_rounding_may_change(tmp_path):
+    begin(settings(tmp_path, groups=8, batch_size=8, device="auto", save_every=5))
+    check_folder(settings(tmp_path, groups=8, batch_size=2, device="cpu", save_every=1))
+    with pytest.raises(UserError, match="--groups was 8, is 4"):
+        check_folder(settings(tmp_path, groups=4, batch_size=8, device="auto", save_every=5))
+
+
+def test_a_base_with_another_readme_is_the_same(pipeline, tmp_path):
+    shutil.copytree(pipeline, tmp_path / "base")
+    for name in ("README.md", "diffusion_pytorch_model.fp16.safetensors"):
+        (tmp_path / "base" / "unet" / name).write_text("hi")
+    assert is_same_base(str(tmp_path / "base"), pipeline)
 
 
 def test_what_is_in_the_way_is_found_before_the_work(tmp_path):
@@ -120,7 +140,7 @@ def test_what_is_in_the_way_is_found_before_the_work(tmp_path):
 def test_a_folder_of_the_first_edition_is_refused_in_a_sentence(tmp_path):
     save_checkpoint(f"{tmp_path}/checkpoints", {"epoch": 1})
     (tmp_path / "args.json").write_text('{"model": "tiny", "lr": 0.1, "guide": "plain"}')
-    with pytest.raises(UserError, match="made by this program's first edition"):
+    with pytest.raises(UserError, match="made by an earlier edition of this program"):
         check_folder(settings(tmp_path))
 
 

@@ -15,14 +15,15 @@ from plumbing.remarks import check_guidance, name_long, refuse_shared, say_own, 
 from prompts import (
     COLUMNS,
     Prompt,
+    TrainingPrompts,
     category_in,
     cycle_prompts,
     draw,
     keep_back,
+    prompt_table,
     read,
     read_all,
     training_prompts,
-    write_prompts,
 )
 
 
@@ -299,7 +300,7 @@ def test_what_is_both_trained_on_and_kept_or_judged_is_noticed(foreign_pipeline,
 
 def test_prompts_are_written_as_they_are_read(tmp_path):
     prompts = [Prompt("a b", "a", 3, 2.5, "x, y", 7), Prompt('a "c", d', case=9)]
-    write_prompts(str(tmp_path / "p.csv"), prompts)
+    (tmp_path / "p.csv").write_text(prompt_table(prompts))
     back, _ = read(str(tmp_path / "p.csv"))
     assert [(p, vars(p)) for p in back] == [(p, vars(p)) for p in prompts]
 
@@ -364,3 +365,14 @@ def test_a_guidance_of_1_beside_a_negative_prompt_is_looked_for_in_the_prompts(c
         check_guidance([bare, low], 1., {"negative"})
     check_guidance([high, low], 7., {"plain", "negative"})
     assert "--guidance: 1 of 2 pictures have 1, which leaves the neg" in capsys.readouterr().err
+
+
+def test_a_users_own_file_is_not_replaced_by_what_is_kept_back(tmp_path):
+    path = tmp_path / "held_out.csv"
+    data = TrainingPrompts([], [], [str(path)], [], 0, {str(path): ([Prompt("a dog")], None)})
+    data.write_kept_back()
+    data.write_kept_back()                              # the same run again
+    path.write_text("prompt\nmy own\n")
+    with pytest.raises(UserError, match="held_out.csv is there and no run's"):
+        data.write_kept_back()
+    assert path.read_text() == "prompt\nmy own\n"

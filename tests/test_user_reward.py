@@ -40,7 +40,8 @@ def test_a_reward_that_is_not_a_number_is_refused_and_names_its_prompt():
 
 
 def test_a_reward_may_be_a_list_an_array_or_a_tensor():
-    for fine in ([1.] * 3, np.ones((3, 1)), torch.ones(3, requires_grad=True)):
+    for fine in ([1.] * 3, np.ones((3, 1)), torch.ones(3, requires_grad=True),
+                 torch.ones(3).bfloat16()):
         got = score(giving({"reward": fine}), None, ["a", "b", "c"])["reward"]
         assert got.dtype == np.float32 and got.tolist() == [1.] * 3
 
