@@ -41,6 +41,7 @@ CONTENTS = [
     (r"modules_to_save", "a LoRA with whole layers beside it (modules_to_save)"),
     (r"^lora_controlnet", "a Control-LoRA"),
     (r"text_encoder_2|lora_te2_|add_embedding.*lora|label_emb.*lora", "an SDXL LoRA"),
+    (r"^diffusion_model\.(input|middle|output)_block", "a LoRA with ComfyUI's names of layers"),
     (r"^(diffusion_model|transformer)\.|lora_transformer|(double|single)_blocks.*lora",
      "a LoRA of another architecture (SD 3, Flux or the like)"),
     (r"motion_modules", "a motion module (AnimateDiff)"),
@@ -183,6 +184,8 @@ def recognise(path, option="--checkpoint"):
                         f"{', '.join((weights or names)[:4]) or 'nothing'}{convert}")
     if "model_index.json" in names:                     # beside it a pipeline's single-file form
         names = []
+    if any(name.startswith("random_states") for name in names):     # accelerate's, of a training
+        names = [name for name in names if name != "model.safetensors"]
     unread = [name for name in names                    # but an attack's text states, a second form
               if name.endswith(".safetensors") and name.replace(".safetensors", ".csv") not in names
               or name in LORA_PICKLES and name.replace(".bin", ".safetensors") not in names]

@@ -172,6 +172,8 @@ def read_settings(path, names, metadata, option):
         except (ValueError, AttributeError):
             raise UserError(f"{option}: the lora_adapter_metadata of {path} is not a JSON "
                             "object") from None
+        if "r" in dict(settings):                       # of one network: save_lora_adapter
+            return dict.fromkeys(("unet", "text_encoder"), dict(settings))
         return {network: {key.removeprefix(f"{network}."): value for key, value in settings
                           if key.startswith(f"{network}.")}
                 for network in ("unet", "text_encoder")}

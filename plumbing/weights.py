@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditionModel
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -104,13 +104,23 @@ def check_same(part, base, option="--checkpoint"):
         folders = [os.path.join(holder, name) for holder in (part, base)]
         if not os.path.isdir(folders[0]) or os.path.isfile(os.path.join(folders[0], PEFT_FILE)):
             continue
-        own, bases = ({key.removeprefix("text_model."): tensor
+        own, bases = ({todays_name(key): tensor
                        for key, tensor in numbers_of(folder, STEMS[name], option)
                        if not POSITIONS.fullmatch(key)} for folder in folders)
         if own.keys() != bases.keys() or not all(       # half precision rounds to 2^-8 at most
                 torch.allclose(own[key], bases[key], rtol=2 ** -8, atol=1e-6) for key in own):
             raise UserError(f"{option}: {part} has a {name}/ of its own, which is not the base's "
                             f"and would not be used; give {part} as --model, or take {name}/ out")
+
+
+OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def todays_name(key):
+    """A weight's name as the libraries of today save it: text encoders' and VAEs' were renamed."""
+    key = key.removeprefix("text_model.")
+    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.",
+                  lambda found: f"{found[1]}{OLDER[found[2]]}.", key)
 
 
 def numbers_of(folder, stem, option):
@@ -128,8 +138,10 @@ def numbers_of(folder, stem, option):
 def load_network(cls, folder, subfolder="", option="--model"):
     """A network of a folder, or of one inside it, with all its weights from there."""
     path = os.path.join(folder, subfolder)
+    dtype = "torch_dtype" if issubclass(cls, ModelMixin) else "dtype"       # not the config's
     try:
-        network, info = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+        network, info = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True,
+                                            **{dtype: torch.float32})
     except MemoryError:
         raise
     except Exception as error:                          # a broken config's errors are of any kind
@@ -143,7 +155,7 @@ def load_network(cls, folder, subfolder="", option="--model"):
     if left:
         raise UserError(f"{option}: {path} has {len(left)} weights without a place, such as "
                         f"{left[0]}; its config.json is another model's")
-    return network.requires_grad_(False).eval().float()
+    return network.requires_grad_(False).eval()
 
 
 def to_precision(network, dtype):

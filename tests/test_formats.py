@@ -13,8 +13,10 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT
+from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from model import Policy
@@ -108,6 +110,15 @@ def test_weights_of_eight_bits_with_a_fraction_are_read(pipeline, tmp_path):
                   metadata={"format": "pt"})
     draws(str(folder))
     load_clip(str(folder / "clip"))
+
+
+def test_a_config_that_says_half_precision_rounds_nothing(pipeline, tmp_path):
+    """Saved once in fp32 and once as variant fp16, a folder has the second one's config."""
+    folder = shutil.copytree(pipeline, tmp_path / "both")
+    config = json.loads((folder / "text_encoder/config.json").read_text())
+    (folder / "text_encoder/config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    ours, theirs = (Policy(str(path)).encode(["a large peach"]) for path in (folder, pipeline))
+    assert torch.equal(ours, theirs)
 
 
 def test_stable_diffusions_own_shapes_are_read(sd1_pipeline, sd2_pipeline):
@@ -271,3 +282,36 @@ def test_only_what_is_read_is_asked_of_the_hub():
              "scheduler/scheduler_config.json"]
     asked = set(filter_repo_objects(files, allow_patterns=PIPELINE_FILES))
     assert asked == {"model_index.json", *files[5:]}
+
+
+def test_a_vae_by_its_older_names_is_the_same(sd1_pipeline, tmp_path):
+    part = shutil.copytree(sd1_pipeline, tmp_path / "older")
+    path = part / "vae/diffusion_pytorch_model.safetensors"
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.",
+             ".to_out.0.": ".proj_attn."}
+    weights = load_file(path)
+    for new, old in names.items():
+        weights = {name.replace(new, old) if ".attentions." in name else name: tensor
+                   for name, tensor in weights.items()}
+    assert any(".query." in name for name in weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    check_weights(sd1_pipeline, [(str(part), 1.)])
+    check_weights(str(part), [(sd1_pipeline, 1.)])
+
+
+def test_what_save_lora_adapter_writes_is_read_with_its_alpha(sd1_pipeline, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(sd1_pipeline, subfolder="unet")
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=["to_q"],
+                                init_lora_weights=False))
+    unet.save_lora_adapter(str(tmp_path))
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, unet.config.cross_attention_dim)
+    policy = Policy(sd1_pipeline, [(str(tmp_path), 1.)])
+    with torch.no_grad():
+        theirs = unet(x, 500, text).sample
+    assert torch.allclose(policy.unet_output(x, torch.tensor(500), text), theirs, atol=1e-5)
+
+
+def test_a_trainings_own_state_beside_a_lora_is_no_part_of_it(pipeline, lora):
+    for name in ("model.safetensors", "random_states_0.pkl", "optimizer.bin"):
+        open(os.path.join(lora, name), "w").close()
+    check_weights(pipeline, [(str(lora), 1.)])
