@@ -41,8 +41,8 @@ def parse_args(argv=None):
                    help="how pictures are drawn, NAME or NAME:WORDS: "
                         + ", ".join(rivals.methods()))
     g.add_argument("--images", **several,
-                   help="folders of pictures that another tool drew, named by case number; those "
-                        "of sample.py need its --no-censor, or they count as safe")
+                   help="folders of pictures that another tool drew, named by case number, with "
+                        "several prompt files FOLDER/FILE/; sample.py's need its --no-censor")
     g.add_argument("--systems", default=None,
                    help="CSV of systems (rivals/systems.csv): what is absent is made, each is "
                         "attacked, and all are in one table")
@@ -188,6 +188,8 @@ def open_files(args, world):
             if category and is_own:                     # the benign ones among them may lack it
                 category = category_in(path, category, option)
             file = open_file(path, kind, args.pictures, category, args.limit, option, seed)
+            if file.name in files and files[file.name].source == path:
+                raise UserError(f"{option}: {path} is given twice; leave one out")
             if file.name in files:
                 raise UserError(f"{option}: two prompt files are named {file.name}; rename one")
             if kind != "adversarial":                   # attack.py gives each a seed

@@ -192,8 +192,8 @@ def of_category(prompts, category, source):
     found = [p for p in prompts if wanted in categories_of(p)]
     if not found:
         known = sorted({c for p in prompts for c in categories_of(p)})
-        raise UserError(f"--category: no prompt of {source} is of category {category!r}; "
-                        f"known are {named(known)}")
+        which = f"known are {named(known)}" if known else "it has none; leave --category or it out"
+        raise UserError(f"--category: no prompt of {source} is of category {category!r}; {which}")
     return found
 
 

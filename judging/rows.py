@@ -392,6 +392,10 @@ def folder_row(folder, files):
     paths, blocked = {}, {}                             # {file name: a path, an answer per picture}
     for name, file in files.items():
         inside = folder if len(files) == 1 else os.path.join(folder, os.path.splitext(name)[0])
+        if len(files) > 1 and not os.path.isdir(inside):
+            raise UserError(f"--images: {inside} is no folder; with several prompt files each "
+                            f"one's pictures lie in one of its own, as sample.py --output-dir "
+                            f"{inside} draws {name}'s")
         pictures = pictures_by_case(inside)
         wanted = turns(file.prompts)
         missing = [case for case, turn in wanted if turn >= len(pictures.get(case, []))]

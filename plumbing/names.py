@@ -54,7 +54,7 @@ def parse_checkpoint(text, is_method=lambda name: False):
             raise UserError(f"--checkpoint: {text} has an empty part; "
                             "a name is PART[@WEIGHT]+PART[@WEIGHT]…")
         if part != "base":
-            parts.append((part, weight))
+            parts.append((os.path.normpath(part) if os.path.exists(part) else part, weight))
     return Checkpoint(tuple(parts), method, concept)
 
 

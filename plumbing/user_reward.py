@@ -3,6 +3,7 @@ import importlib.util
 import os
 import sys
 import traceback
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,6 +14,18 @@ from plumbing.options import UserError, first_line, is_out_of_memory
 LARGEST = 1e15                          # of a reward: float32 must hold sums of its squares
 
 
+@contextmanager
+def ours_kept():
+    """After it the working directory, torch's gradients and its dtype are as they were."""
+    here, has_gradient, dtype = os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        os.chdir(here)
+        torch.set_grad_enabled(has_gradient)
+        torch.set_default_dtype(dtype)
+
+
 def load_reward(spec):
     """my_file.py:my_function -> that function."""
     path, _, name = spec.rpartition(":")
@@ -21,10 +34,11 @@ def load_reward(spec):
     if not os.path.isfile(path):
         raise UserError(f"--reward: the file {path} does not exist")
     module_spec = importlib.util.spec_from_file_location("their_reward", path)
-    module = importlib.util.module_from_spec(module_spec)
+    module = sys.modules["their_reward"] = importlib.util.module_from_spec(module_spec)
     sys.path.append(os.path.dirname(os.path.abspath(path)))     # its neighbours can be imported
     try:
-        module_spec.loader.exec_module(module)
+        with ours_kept():
+            module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:            # anything can go wrong in a user's file
         raise UserError(f"--reward: {path} can't be imported "
                         f"({type(error).__name__}: {error})") from None
@@ -40,18 +54,15 @@ def score(reward_fn, pictures, texts, name=None):
     UserError where it fails, returns no such dict with "reward", names a part as metrics.jsonl
     names a column of its own, or where a reward is not a number that can be squared.
     """
-    here, with_gradient = os.getcwd(), torch.is_grad_enabled()
     try:
-        scores = reward_fn(pictures, texts)
+        with ours_kept():
+            scores = reward_fn(pictures, texts)
     except (Exception, SystemExit) as error:
         if name is None or isinstance(error, UserError) or is_out_of_memory(error):
             raise                                       # ours; a user's may fail in any way
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"--reward: {name} failed in {line.filename}, line {line.lineno} "
                         f"({type(error).__name__}: {first_line(error)})") from None
-    finally:                                            # what it may have changed of ours
-        os.chdir(here)
-        torch.set_grad_enabled(with_gradient)
     try:
         parts = {str(part): as_numbers(values) for part, values in scores.items()}
         got = {part: len(values) for part, values in parts.items()}

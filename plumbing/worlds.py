@@ -18,7 +18,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from plumbing.options import UserError
+from plumbing.options import UserError, first_line
 from plumbing.refusal import refuse_minors
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -117,11 +117,11 @@ def read_world(model):
 def read_json(path, option):
     """A JSON object of a file, as a dict. UserError names the option."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return {**json.load(file)}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{option}: {path} is not a file with a JSON object "
-                        f"({type(error).__name__})") from None
+                        f"({type(error).__name__}: {first_line(error)})") from None
 
 
 # ---- recipes -------------------------------------------------------------------------------------
@@ -172,6 +172,13 @@ def set_recipe(parser, settings, source):
         if action.choices and value not in action.choices:
             raise UserError(f"--recipe: {source} has {option} {value!r}; "
                             f"give {', '.join(map(str, action.choices))}")
+        several = value if isinstance(value, list) else [value]
+        takes_many = action.nargs in ("+", "*")
+        if not is_flag and not action.type and not action.choices and (
+                not all(isinstance(one, str) for one in several)
+                or isinstance(value, list) and not takes_many
+                or action.nargs == "+" and not several):
+            raise UserError(f"--recipe: {source} has {option} {value!r:.40}; a text is needed")
         if action.type:
             value = str(value)                          # argparse checks a default that is a text
         elif action.nargs in ("+", "*"):

@@ -154,6 +154,7 @@ OPTIONS = [
     ("attack", ["ring-a-bell", "--dtype", "bf16"], ["--dtype: ring-a-bell does not use it"]),
     ("bench", ["--epochs", "77"], ["--epochs: what is timed sets it; leave it out"]),
     ("bench", ["--against", "python", "--rank", "8"], ["--rank: what is timed sets it"]),
+    ("evaluate", ["--prompts", "a dog", "a dog"], ["--prompts: a dog is given twice"]),
     # a reward of the user's
     ("train", ["--reward", "mine.txt:f"], ["--reward: mine.txt:f is not of the form"]),
     ("train", ["--reward", "nowhere.py:f"], ["--reward: the file nowhere.py does not exist"]),
@@ -173,6 +174,12 @@ OPTIONS = [
     ("train", ["--recipe", file('{"lr": "fast"}', "r.json")], ["--lr: fast is given"]),
     ("train", ["--recipe", file('{"lrr": 1}', "r.json")], ["--recipe: ", "unknown option 'lrr'"]),
     ("train", ["--recipe", file('{"advantage": "mean"}', "r.json")], ["has advantage 'mean'"]),
+    ("train", ["--recipe", file('{"unsafe_labels": ["FACE_FEMALE"]}', "r.json")],
+     ["--recipe: ", "has unsafe_labels ['FACE_FEMALE']; a text is needed"]),
+    ("train", ["--recipe", file('{"prompts": []}', "r.json")], ["has prompts []; a text is"]),
+    ("train", ["--recipe", file('{"prompts": [5]}', "r.json")], ["has prompts [5]; a text is"]),
+    ("train", ["--recipe", file('{"reward": 5}', "r.json")], ["has reward 5; a text is needed"]),
+    ("evaluate", ["--recipe", file('{"cache": 7}', "r.json")], ["has cache 7; a text is needed"]),
 ]
 
 # ---- prompt files --------------------------------------------------------------------------------
@@ -296,7 +303,7 @@ PROMPT_FILES = [(program, [*READ[program], source], ["--prompts: ", *says])
     ("sample", [*READ["sample"], row("categories", "a b"), "--category", "sexual"],
      ["--category: no prompt of ", "is of category 'sexual'; known are a b"]),
     ("erase", [*READ["erase"], "a dog", "--category", "sexual"],
-     ["--category: no prompt of a dog is of category 'sexual'; known are none"]),
+     ["--category: no prompt of a dog is of category 'sexual'; it has none"]),
     ("evaluate", [*READ["evaluate"], "a caf\u00e9", "--benign", "a cafe\u0301"],
      ["--benign: 'a cafe\u0301' is among --prompts, too"]),
     # rows that leave nothing to a method, and words that do nothing beside others
@@ -941,7 +948,7 @@ PICTURE_FOLDERS = [("evaluate", [*LOOK, "--images", folder], ["--images: ", *say
     (manifest('{"pictures": {"0.png": {}}}'), "lacks 1 of the 2 pictures", "case 1 the first"),
 ]] + [
     ("evaluate", [*LOOK, "a bird", "--images", pictures("0.png", "1.png")],
-     ["--images: ", "x/p does not exist; a folder of pictures is needed"]),
+     ["--images: ", "x/p is no folder; with several prompt files"]),
     ("evaluate", [*LOOK, "--images", pictures("0.png", "1.png"), "--pictures", "4"],
      ["--images: ", "lacks 2 of the 4 pictures", "or fewer with --limit or --pictures"]),
     ("evaluate", [*LOOK, "--reference", "nowhere"],

@@ -421,7 +421,7 @@ def test_pictures_are_found_by_case_number_and_turn(tmp_path):
 def test_of_several_files_each_has_a_folder_of_its_own(tmp_path):
     files = {name: as_file(name, "unsafe", [Prompt("a", case=0)]) for name in ("p.csv", "q.txt")}
     save_pictures(tmp_path / "x" / "p", ["0.png"])
-    with pytest.raises(UserError, match="x/q does not exist; a folder of pictures is needed"):
+    with pytest.raises(UserError, match="x/q is no folder; with several"):
         folder_row(str(tmp_path / "x"), files)
     save_pictures(tmp_path / "x" / "q", ["1.png", "0.png"])
     row = folder_row(str(tmp_path / "x"), files)

@@ -101,3 +101,29 @@ def test_complex_rewards_are_refused_and_out_of_memory_is_not_the_rewards_fault(
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         score(mine, None, ["a"], "mine")
+
+
+FUTURE = """
+from __future__ import annotations
+from dataclasses import dataclass
+import os, torch
+torch.set_grad_enabled(False)
+torch.set_default_dtype(torch.float64)
+os.chdir("/")
+
+@dataclass
+class Weights:
+    dark: float = 1.
+
+def mine(pictures, prompts):
+    return {"reward": [Weights().dark]}
+"""
+
+
+def test_what_a_rewards_file_changes_of_ours_while_it_is_imported_is_put_back(tmp_path):
+    (tmp_path / "mine.py").write_text(FUTURE)
+    here = os.getcwd()
+    mine = load_reward(f"{tmp_path}/mine.py:mine")
+    assert os.getcwd() == here and torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert score(mine, None, ["a"], "mine")["reward"].tolist() == [1.]

@@ -174,3 +174,9 @@ def test_drawing_follows_the_checkpoints_own_run_then_the_models_recipe(tmp_path
     (run / "args.json").write_text(json.dumps(args))
     drawn = sample.parse_args(["a dog", "--checkpoint", str(run)])
     assert (drawn.steps, drawn.guidance, drawn.recipe) == (9, 1.5, "embedded")
+
+
+def test_a_json_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"lr": 0.001}')
+    assert read_recipe(str(path)) == {"lr": .001}
