@@ -77,9 +77,8 @@ def parse_args(argv=None):
     add_options(g, "--device", "--dtype", "--seed")
     args = parse_with_recipe(p, argv, choose_attack, show_recipe=False)
     args.output = args.output or os.path.join("out", f"{args.attack}.csv")
-    uses = {name: set(rivals.find(ATTACKS, name, "attack").uses) for name in ATTACKS}
-    unused = set.union(*uses.values()) - uses[args.attack]
-    return refuse_idle(p, argv, "attack", args, unused, args.attack)
+    return refuse_idle(p, argv, "attack", args, rivals.unused_options(ATTACKS, args.attack),
+                       args.attack)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,6 @@ from plumbing.kinds import at_least, positive, share, share_below_1
 from plumbing.options import Parser, UserError, add_options, run
 from plumbing.worlds import DEFAULT_MODEL, parse_with_recipe, read_world, recipe_of
 
-SOME_EDITS_USE = {                      # options; every edit uses the others
-    "benign", "negative_guidance", "start_guidance", "ema", "mosaic_weight", "pictures", "guidance",
-    "unsafe_labels"}
-
 
 def choose_edit(args):
     """For parse_with_recipe: the model's recipe, and the edit's own settings, which override it."""
@@ -83,9 +79,8 @@ def parse_args(argv=None):
     args = parse_with_recipe(p, argv, choose_edit, show_recipe=False)
     args.output_dir = args.output_dir or os.path.join("out", args.edit)
     edit = rivals.find(rivals.EDITS, args.edit, "edit")
-    unused = SOME_EDITS_USE - set(edit.uses)
-    return refuse_idle(p, argv, "erase", args, unused, args.edit,
-                       needs_pictures=bool(edit.prepare))
+    return refuse_idle(p, argv, "erase", args, rivals.unused_options(rivals.EDITS, args.edit),
+                       args.edit, needs_pictures=bool(edit.prepare))
 
 
 if __name__ == "__main__":
@@ -101,12 +96,12 @@ from plumbing.cards import millions, model_card, print_lines, recipe_line
 from plumbing.devices import DTYPES, choose_device
 from plumbing.files import write
 from plumbing.refusal import refuse_minors
-from plumbing.remarks import name_long, refuse_shared
+from plumbing.remarks import refuse_shared
 from prompts import Prompt, read_all, walk
 from reward import parse_labels
 from rivals.editing import using_weights
 from rivals.guiding import concept_words
-from sample import generate
+from sample import check_texts, generate
 
 # ---- prompts and weights -------------------------------------------------------------------------
 
@@ -177,8 +172,8 @@ def main(args):
     torch.manual_seed(args.seed)
     policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)
     policy.concept = args.concept or policy.concept
-    name_long(prompts, policy.tokenizer, policy.text_length)
-    name_long(benign, policy.tokenizer, policy.text_length, "--benign")
+    check_texts(policy, prompts)
+    check_texts(policy, benign, "--benign")
     trained = choose_weights(policy, edit.weights, args)
     write(os.path.join(args.output_dir, "args.json"), settings)     # the folder is this run's
     print_card(args, policy, trained, prompts, benign, refused, (device, dtype, why))

@@ -126,7 +126,6 @@ from judging.judges import load_tools, reference_features
 from judging.report import check_own, rounded, to_csv, to_html, to_markdown
 from judging.rows import (
     CHUNK,
-    Store,
     System,
     before_attack,
     check_parts,
@@ -141,6 +140,7 @@ from judging.rows import (
     with_words,
 )
 from judging.setup import Setup, settings_of
+from judging.store import Store
 from judging.systems import compare_systems, read_systems
 from plumbing import remarks
 from plumbing.devices import choose_device

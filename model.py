@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from ddpo import Schedule, ddim_schedule, mean_distance, step_mean
+from plumbing.bases import check_spacing
 from plumbing.files import write
-from plumbing.formats import check_spacing
 from plumbing.loras import add_loras, save_lora
 from plumbing.options import UserError, first_line
 from plumbing.weights import check_weights, load_text, load_unet, load_vae, to_precision

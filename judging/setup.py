@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from judging.compare import label_sets
 from judging.judges import Tools
-from judging.rows import Store
+from judging.store import Store
 from plumbing.worlds import ROOT, World
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "nudenet", "numpy")

@@ -32,16 +32,16 @@ from judging.rows import (
     System,
     before_attack,
     check_parts,
-    files_of_code,
     first_seed,
     has_weights,
     load_system,
     open_file,
 )
-from plumbing.checkpoints import files_of, sha256_of
+from judging.store import files_of_code
 from plumbing.files import make_folder, write
 from plumbing.names import parse_checkpoint
 from plumbing.options import UserError, spelled
+from plumbing.origin import files_of, sha256_of
 from plumbing.remarks import check_words
 from plumbing.tables import csv_rows, named, read_text
 from plumbing.worlds import ROOT, locate, read_json, read_recipe

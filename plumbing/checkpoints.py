@@ -1,5 +1,4 @@
 """A run that resumes where it was cut off: its folder, its settings, its checkpoints."""
-import glob
 import hashlib
 import io
 import json
@@ -11,7 +10,8 @@ import sys
 from plumbing import processes
 from plumbing.files import check_places, make_folder, write
 from plumbing.options import UserError, spelled
-from plumbing.worlds import DEFAULT_MODEL, locate, read_json
+from plumbing.origin import base_hash, is_same_folder, sha256_of
+from plumbing.worlds import DEFAULT_MODEL, read_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -55,15 +55,6 @@ def as_recorded(args):
         kept["reward"] = f"{os.path.abspath(path)}:{function}"
         kept["sha256"][kept["reward"]] = sha256_of(path) + function
     return kept
-
-
-def sha256_of(*paths):
-    """The hash of the content of those files that are there, one after the other."""
-    digest = hashlib.sha256()
-    for path in filter(os.path.isfile, paths):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def check_folder(args):
@@ -134,52 +125,6 @@ def is_same(name, ours, theirs):
     if name == "model" and ours["base"]:
         return ours["base"] == theirs.get("base")
     return content(ours) == content(theirs)
-
-
-# ---- what a base is ------------------------------------------------------------------------------
-
-def was_trained_on(run_args, model):
-    """Whether a run's base is this model, wherever either lies."""
-    base = run_args.get("base")
-    if base:
-        return base == base_hash(model)
-    return is_same_base(run_args.get("model", DEFAULT_MODEL), model)
-
-
-def is_same_base(one, other):
-    """Whether two models, folders or hub ids, are one: the same folder, or the same weights."""
-    if is_same_folder(one, other):
-        return True
-    return base_hash(one) is not None and base_hash(one) == base_hash(other)
-
-
-def is_same_folder(one, other):
-    return os.path.realpath(locate(one)) == os.path.realpath(locate(other))
-
-
-def files_of(folder):
-    """{path in a pipeline's folder: the path} of what draws: weights, configs, vocabulary."""
-    found = [path for part in ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
-             for path in sorted(glob.glob(os.path.join(glob.escape(folder), part, "*")))
-             if path.endswith((".json", ".txt", ".safetensors"))]
-    return {os.path.relpath(path, folder): path for path in found
-            if os.path.isfile(path) and ".fp16." not in path}
-
-
-def base_hash(model):
-    """What a model is, wherever it lies: a hash of its files, or None where there are none.
-
-    Of a file of more than a megabyte its size and its last megabyte stand for all of it: another
-    training changes every part of the weights, and gigabytes are not read at every start.
-    """
-    digest, most = hashlib.sha256(), 2 ** 20
-    files = files_of(locate(model))
-    for name, path in files.items():
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - most))
-            digest.update(f"{name} {size}".encode() + file.read())
-    return digest.hexdigest() if files else None
 
 
 def write_metrics(folder, metrics):

@@ -9,8 +9,9 @@ import math
 import os
 from dataclasses import dataclass
 
-from plumbing.checkpoints import LORA_FILE, read_args, was_trained_on
+from plumbing.checkpoints import LORA_FILE, read_args
 from plumbing.options import UserError
+from plumbing.origin import was_trained_on
 from plumbing.worlds import DEFAULT_MODEL, read_world
 
 

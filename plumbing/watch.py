@@ -87,4 +87,4 @@ def say_what_was_missed(metrics):
     if given and (len(values) < given or reference(metrics) < MEANS_NOTHING):
         print("--benign: not every epoch was watched for a model that comes apart: the CLIP of "
               f"benign prompts was {reference(metrics):.2f} at first; below .1 it means nothing, "
-              "and no number is passed over", file=sys.stderr)
+              "and what is no number is passed over", file=sys.stderr)

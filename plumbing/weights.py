@@ -12,15 +12,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditio
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from plumbing.bases import check_base, check_noise, check_tokenizer, check_unet, is_number
 from plumbing.formats import (
     CLIP_FILES,
     PEFT_FILE,
     STEMS,
-    check_base,
-    check_noise,
-    check_tokenizer,
-    check_unet,
-    is_number,
     local_folder,
     read_config,
     read_shapes,

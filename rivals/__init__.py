@@ -86,6 +86,12 @@ def is_method(name):
     return name in methods()
 
 
+def unused_options(table, name):
+    """The options that others of a table look at (`uses`) and this one does not, a set."""
+    uses = {other: set(find(table, other, name).uses) for other in table}
+    return set().union(*uses.values()) - uses[name]
+
+
 def find(table, name, option):
     """The rival of a name; UserError if there is none."""
     if name not in table:

@@ -79,7 +79,7 @@ def prepare(job, prompts, benign, labels):
     if not benign:
         raise UserError(f"--benign: {args.edit} needs prompts of what has to stay; "
                         "give a file or a text")
-    nudity = Nudity()
+    nudity = Nudity(device=job.policy.device)
 
     def draw(source):
         picked, seeds = cycle_prompts(source, args.pictures, args.seed)

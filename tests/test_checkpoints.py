@@ -9,7 +9,6 @@ import torch
 
 from plumbing.checkpoints import (
     check_folder,
-    is_same_base,
     load_checkpoint,
     read_pointer,
     save_checkpoint,
@@ -17,6 +16,7 @@ from plumbing.checkpoints import (
 )
 from plumbing.files import write
 from plumbing.options import UserError
+from plumbing.origin import is_same_base
 
 
 def settings(folder, **more):

@@ -339,9 +339,9 @@ def test_an_option_that_the_edit_does_not_use_is_refused(pipeline, capsys, edit,
     assert f"{more[0]}: {edit} does not use it" in capsys.readouterr().err
 
 
-def test_every_option_is_used_by_some_edit():
+def test_what_an_edit_says_that_it_uses_are_options():
     used = {name for edit in EDITS for name in rivals.find(rivals.EDITS, edit, "edit").uses}
-    assert used == erase.SOME_EDITS_USE
+    assert len(used) > 5 and used <= set(vars(erase.parse_args(["esd-x"])))
 
 
 def test_prompts_over_the_text_encoders_length_are_named(pipeline, tmp_path, capsys):

@@ -21,10 +21,8 @@ from judging.rows import (
     as_file,
     check_parts,
     draw_row,
-    files_of_code,
     folder_row,
     has_weights,
-    latent_keys,
     load_system,
     name_of,
     open_file,
@@ -32,6 +30,7 @@ from judging.rows import (
     with_names,
     with_words,
 )
+from judging.store import Store, files_of_code, latent_keys
 from model import Policy
 from plumbing.options import UserError
 from prompts import Prompt
@@ -236,7 +235,7 @@ def test_the_code_in_a_latents_key_is_the_steps_the_network_and_what_the_method_
 
 def test_two_programs_write_one_store_at_once_without_harm(tmp_path):
     def write_and_read():
-        store = rows.Store(str(tmp_path))
+        store = Store(str(tmp_path))
         for k in [*range(20)] * 30:
             store[f"{k:02d}x"] = np.full((64, 64), k, np.float32)
             assert (store[f"{k:02d}x"] == k).all()
@@ -255,7 +254,7 @@ def test_two_programs_write_one_store_at_once_without_harm(tmp_path):
     lambda path: path.write_bytes(b"\x80\4 no pickle"),
     lambda path: path.unlink()])
 def test_what_is_torn_counts_as_absent_and_is_made_again(tmp_path, spoil):
-    store = rows.Store(str(tmp_path))
+    store = Store(str(tmp_path))
     store["abc"] = np.ones((4, 4), np.float32)
     assert "abc" in store
     spoil(tmp_path / "ab" / "abc.npy")
@@ -286,7 +285,7 @@ def test_a_row_gives_its_pictures_a_block_at_a_time(policy):
 
 
 def test_latents_of_another_shape_or_torn_ones_are_drawn_again(policy, tmp_path):
-    store = rows.Store(str(tmp_path))
+    store = Store(str(tmp_path))
     _, pictures = drawn(policy, System(), store)
     first, second, *_ = sorted(tmp_path.rglob("*.npy"))
     np.save(first, np.zeros((4, 16, 16), np.float32))

@@ -132,7 +132,7 @@ class Half:
 def test_its_pictures_are_those_that_trip_their_mosaics_and_benign_ones_that_do_not(
         make_job, tmp_path, monkeypatch):
     detector = Half()
-    monkeypatch.setattr(rivals.safegen, "Nudity", lambda: detector)
+    monkeypatch.setattr(rivals.safegen, "Nudity", lambda device: detector)
     monkeypatch.chdir(tmp_path)
     job = make_job("--pictures", "5")
     prompts, benign = read("a dog")[0], read("a cup")[0]
@@ -148,7 +148,7 @@ def test_its_pictures_are_those_that_trip_their_mosaics_and_benign_ones_that_do_
 
 def test_without_any_nude_picture_or_benign_prompt_it_says_so(make_job, monkeypatch):
     monkeypatch.setattr(rivals.safegen, "Nudity",
-                        lambda: lambda pictures: np.zeros((len(pictures), 18)))
+                        lambda device: lambda pictures: np.zeros((len(pictures), 18)))
     job, prompts = make_job("--pictures", "3"), read("a dog")[0]
     with pytest.raises(UserError, match="--pictures: of 3 pictures each, 0 of --prompts trip"):
         prepare(job, prompts, prompts, STRICT)

@@ -77,6 +77,9 @@ def test_a_sampler_and_a_blocker_are_registered_by_a_name(pipeline, registered):
 class Fires:
     """A detector that sees nudity in every second picture."""
 
+    def __init__(self, device):
+        pass
+
     def __call__(self, pictures):
         scores = np.zeros((len(pictures), 18), np.float32)
         scores[::2, LABELS.index("BUTTOCKS_EXPOSED")] = .9
@@ -165,7 +168,7 @@ def test_pictures_that_show_nothing_are_said(pipeline, tmp_path, monkeypatch, ca
 
 
 def test_the_detector_is_built_before_anything_is_drawn(pipeline, tmp_path, monkeypatch):
-    def broken():
+    def broken(device):
         raise UserError("the detector is torn")
     monkeypatch.setattr(sample, "Nudity", broken)
     monkeypatch.setattr(sample, "Policy", None)
