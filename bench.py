@@ -22,7 +22,8 @@ from plumbing.options import Parser, UserError, run
 PROMPT = "a large peach on a blue background"
 SAME = ["--reward", f"{__file__}:redness", "--prompts", PROMPT,
         "--groups", "1", "--updates", "1", "--rank", "4", "--lora-targets", "attention",
-        "--timestep-fraction", "1", "--benign-share", "0", "--benign-weight", "0"]
+        "--timestep-fraction", "1", "--benign-share", "0", "--benign-weight", "0",
+        "--unsafe-weight", "0"]
 
 
 def parse_args(argv=None):
@@ -261,7 +262,8 @@ def epoch_flops(args):
     pictures = args.groups * args.group_size
     benign = round(args.groups * args.benign_share) * args.group_size if args.benign else 0
     decisions = pictures * learned_steps(args)
-    pulled = benign * learned_steps(args) if args.benign_weight else 0
+    pulled = (benign * bool(args.benign_weight)
+              + (pictures - benign) * bool(args.unsafe_weight)) * learned_steps(args)
     update = learned * (decisions + pulled) + based * pulled
     if policy.keeps_graph(args.updates, decisions):
         update -= sampled * decisions                   # no second forward

@@ -50,8 +50,8 @@ def parse_args(argv=None):
     add_options(g, "--recipe", "--concept")
     g = p.add_argument_group("on what")
     g.add_argument("--prompts", **several,
-                   help="files or texts that should become safe; the model's own files if none "
-                        "is given")
+                   help="files or texts that should become safe; the model's own held-out files "
+                        "if none is given")
     g.add_argument("--benign", **several, help="files or texts that should stay")
     g.add_argument("--adversarial", **several, help="prompt files made to break a defence")
     add_options(g, "--category")
@@ -160,16 +160,13 @@ def systems_of(args, taken):
     return with_names(list(dict.fromkeys(systems)), taken)      # base+plain is the base
 
 
-def own_files(world, held_out_alone):
-    """The prompt files that a model comes with: of its first training, or those held out of it."""
-    if not world.training_files:
+def own_files(world):
+    """The prompt files that a model comes with: those held out of its first training."""
+    files = world.training_files[0].held_out if world.training_files else []
+    if not files:
         raise UserError(f"--prompts: none is given, and {world.model} has no world.json that names "
-                        "a training file; give a file or a text")
-    first = world.training_files[0]
-    files = list(first.held_out)
-    if not held_out_alone:
-        files = [first.prompts, first.benign, *first.validation, *files]
-    return list(dict.fromkeys(file for file in files if file))
+                        "files held out of a training; give a file or a text")
+    return files
 
 
 def open_files(args, world):
@@ -177,7 +174,7 @@ def open_files(args, world):
     given = {"unsafe": args.prompts, "benign": args.benign, "adversarial": args.adversarial}
     is_own = not any(given.values())
     if is_own:
-        given["unsafe"] = own_files(world, held_out_alone=bool(args.systems))
+        given["unsafe"] = own_files(world)
     if is_own or args.systems:
         args.pictures = args.pictures or PICTURES
     files, before, seed = {}, {}, first_seed(args.seed)

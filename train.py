@@ -76,6 +76,8 @@ def parse_args(argv=None):
                         "the prompt's last 32 rewards (DDPO)")
     g.add_argument("--benign-weight", type=at_least(0, float),
                    help="how strongly benign pictures are pulled towards the base's")
+    g.add_argument("--unsafe-weight", type=at_least(0, float),
+                   help="the same of the others: what is drawn stays what the base can draw")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile the UNet: minutes at first, then faster on a GPU")
     g.add_argument("--gradient-checkpointing", action=BooleanOptionalAction,
@@ -114,6 +116,7 @@ from sample import check_texts, generate
 
 WEIGHT_DECAY = 1e-4
 MAX_GRAD_NORM = 1.
+WATCHED = {"loss", "benign_pull", "unsafe_pull"}        # must be finite
 PREVIEW_PICTURES = 16
 
 
@@ -140,12 +143,19 @@ def check_gradient(norm, records, epoch):
     """A gradient that is not finite ends the run before the weights are touched."""
     if not torch.isfinite(norm):
         bad = [record["at"] for record in records
-               if not torch.isfinite(record.get("loss", record.get("benign_pull")))]
+               if not all(torch.isfinite(record[name]) for name in record.keys() & WATCHED)]
         bad = sum(processes.gather(bad), [])
         where = f" at step {bad[0][1]} of a batch that starts with {bad[0][0]!r}" if bad else ""
         raise UserError(f"epoch {epoch}: the gradient is {norm.item()}{where}; the update was "
                         "refused, what was saved stays; give a lower --lr, --guidance or "
                         "--benign-weight")
+
+
+def pull_records(pull, is_benign, at):
+    """What metrics.jsonl says of the pull (b,) on benign pictures and on the others."""
+    kinds = (("benign_pull", is_benign), ("unsafe_pull", ~is_benign))
+    return [{name: pull[torch.from_numpy(of)].mean(), "rows": int(of.sum()), "at": at}
+            for name, of in kinds if of.any()]
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -239,6 +249,7 @@ def main(args, clock=lambda stage: None):
                                    args.seed, epoch, last_rewards, args.hardness)
         texts = np.repeat(np.array(drawn, dtype=object), args.group_size)               # (N,)
         is_benign = np.repeat(benign_group, args.group_size)                            # (N,)
+        pull_weight = np.where(is_benign, args.benign_weight, args.unsafe_weight)       # (N,)
         seeds = rng.integers(2 ** 62, size=len(texts))                                  # (N,)
         latents, log_probs, scores = [], [], []
         with scoring_thread(policy.device) as scorer, bar(desc=f"epoch {epoch}") as ticks:
@@ -294,18 +305,17 @@ def main(args, clock=lambda stage: None):
                                 "update": update, "rows": len(i),
                                 "at": (str(texts[local[i[0]]]), int(k[0]))})
 
-            # the pull of benign pictures towards the base, at steps drawn from all of them
-            benign_rows = rows[is_benign[local[rows]]]
-            in_update = is_benign.reshape(args.updates, -1)[update].any()   # of any process
-            if args.benign_weight and in_update:
+            # the pull of pictures towards the base, at steps drawn from all of them
+            if pull_weight.reshape(args.updates, -1)[update].any():     # of any process
                 pulled = rng.choice(args.steps, len(learned), replace=False)
-                for i, k in pairs(benign_rows, pulled, args.batch_size):
+                for i, k in pairs(rows[pull_weight[local[rows]] > 0], pulled, args.batch_size):
                     batch_texts = texts[local[i]]
                     predict = plain(policy, batch_texts, guidance_of(batch_texts, args.guidance))
-                    pull = policy.distance_to_base(predict, latents[i, k], schedule, k)
-                    (args.benign_weight * pull.sum() / decisions).backward()
-                    records.append({"benign_pull": pull.detach().mean(), "rows": len(i),
-                                    "at": (str(texts[local[i[0]]]), int(k[0]))})
+                    pull = policy.distance_to_base(predict, latents[i, k], schedule, k)     # (b,)
+                    weight = torch.from_numpy(pull_weight[local[i]]).to(pull)
+                    ((weight * pull).sum() / decisions).backward()
+                    records += pull_records(pull.detach(), is_benign[local[i]],
+                                            (str(texts[local[i[0]]]), int(k[0])))
 
             processes.sum_gradients(trained.values())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)

@@ -22,7 +22,7 @@ class Tools:
     nudity: Nudity              # the reward's detector
     clip: ClipScore             # the reward's CLIP
     clip_judge: ClipScore       # a second CLIP, which no reward saw
-    judge: callable             # names what a picture shows: (pictures, prompts) -> right (N,) bool
+    judge: callable             # names what a picture shows: (pictures, prompts) -> {what: (N,)}
     nsfw: callable              # pictures -> probability of "not safe for work" (N,)
     lpips: callable             # (pictures, others) -> distance (N,)
     inception: callable         # pictures -> features (N, 2048)
@@ -64,10 +64,14 @@ def unpacked(array):
 
 # ---- the second opinions -------------------------------------------------------------------------
 
-def load_judge(path, device="cpu"):
-    """A classifier's folder (World.judge) -> judge(pictures, prompts) -> bool (N,); None -> None.
+def load_judge(path, device="cpu", safe_hand=None):
+    """A classifier's folder (World.judge) -> judge(pictures, prompts) -> dict; None -> None.
 
-    A picture is right when the judge says the longest of its names that the prompt contains.
+    Its labels are names of things, or, for every name and hand, "NAME, HAND", where it tells by
+    whose hand a thing is drawn. The dict has, each (N,), "named": whether it says the longest of
+    its names that the prompt contains; and of a judge that knows hands, nan where a prompt is not
+    asked about, "hand": whether it says the one that the prompt says; "safe_hand": whether it says
+    safe_hand (World.safe) where the prompt leaves the hand open.
     """
     if path is None:
         return None
@@ -78,19 +82,34 @@ def load_judge(path, device="cpu"):
     model = model.float().to(device).eval()
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError("some of its weights are not finite")
-    names = model.config.id2label
+    labels = [label.split(", ") for _, label in sorted(model.config.id2label.items())]
+    names = list(dict.fromkeys(label[0] for label in labels))
+    hands = list(dict.fromkeys(label[-1] for label in labels))
+    if labels != [[name, hand] for name in names for hand in hands]:
+        labels = [[", ".join(label)] for label in labels]       # "tench, Tinca tinca"
+        names, hands = [label[0] for label in labels], []
 
-    def longest_name(prompt):
-        inside = [name for name in names.values() if f" {name} " in f" {prompt} "]
+    def said(prompt, words):
+        """The longest of the words that the prompt contains, or None."""
+        inside = [word for word in words if f" {word} " in f" {prompt} "]
         return max(inside, key=len, default=None)
 
     @torch.no_grad()
     def judge(pictures, prompts):
         x = torch.as_tensor(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         answers = torch.cat([model(part).logits.argmax(1).cpu() for part in x.split(128)])
-        right = [names[answer] == longest_name(prompt)
-                 for answer, prompt in zip(answers.tolist(), prompts, strict=True)]
-        return np.array(right, bool)
+        answers = [labels[answer] for answer in answers.tolist()]
+        about = {"named": np.array([answer[0] == said(prompt, names)
+                                    for answer, prompt in zip(answers, prompts, strict=True)])}
+        if hands:
+            drawn = [answer[-1] for answer in answers]
+            asked = [said(prompt, hands) for prompt in prompts]
+            is_open = np.array([hand is None for hand in asked])
+            is_right = np.array([hand == one for hand, one in zip(drawn, asked, strict=True)])
+            is_safe = np.array([hand == safe_hand for hand in drawn])
+            about["hand"] = np.where(is_open, np.nan, is_right)
+            about["safe_hand"] = np.where(is_open, is_safe, np.nan)
+        return about
     return judge
 
 
@@ -152,7 +171,7 @@ def load_tools(world, device, clip=None, clip_judge=None, channels="rgb", second
 
     judge = nsfw = None
     if second in ("auto", "judge"):
-        judge = load("judge", load_judge, world.judge, device)
+        judge = load("judge", load_judge, world.judge, device, world.safe)
     if "judge" in missing:                              # another would silently take its place
         raise UserError(f"--model: the judge {world.judge} that {world.model}'s world.json names "
                         f"can't be loaded ({missing['judge']}); mend it, or take it out there")

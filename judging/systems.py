@@ -292,6 +292,8 @@ def columns_of(files, labels):
         columns += [
             Column("benign CLIP", benign[0], "clip"),
             Column("benign named", benign[0], "named"),
+            Column("benign, hand kept", benign[0], "hand"),
+            Column("benign, safe hand", benign[0], "safe_hand"),
             Column("benign CLIP distance", benign[0], "clip_distance"),
             Column("false alarms", benign[0], rate),
             Column("benign blocked", benign[0], "blocked"),

@@ -4,6 +4,7 @@ world.json, beside a model's weights; every key may be left out, paths are relat
 
     recipe          name of its settings in recipes/                      (stable_diffusion)
     concept         words that guides and edits steer away from           (nudity, sexual)
+    safe            words for what is safe, that they steer towards
     clip            the CLIP that scores its pictures      (openai/clip-vit-large-patch14)
     judge           a classifier that names what its pictures show
     concept_pairs   CSV with the columns unsafe and safe, for attacks
@@ -23,8 +24,8 @@ from plumbing.refusal import refuse_minors
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEFAULT_MODEL = "tiny"
-KINDS = {"recipe": str, "concept": str, "clip": str, "judge": str, "concept_pairs": str,
-         "harmless": bool, "training_files": dict}
+KINDS = {"recipe": str, "concept": str, "safe": str, "clip": str, "judge": str,
+         "concept_pairs": str, "harmless": bool, "training_files": dict}
 JSON_NAMES = {str: "text", bool: "true or false", dict: "object"}
 
 
@@ -42,6 +43,7 @@ class World:
     model: str
     recipe: str = "stable_diffusion"
     concept: str = "nudity, sexual"
+    safe: str | None = None
     clip: str = "openai/clip-vit-large-patch14"
     judge: str | None = None
     concept_pairs: str | None = None
@@ -84,7 +86,8 @@ def read_world(model):
         if not isinstance(value, KINDS[key]):
             raise UserError(f"--model: {key} in {path} is {value!r}; "
                             f"a JSON {JSON_NAMES[KINDS[key]]} is needed")
-    refuse_minors(found.get("concept"), f"--model: concept in {path}")
+    for key in ("concept", "safe"):
+        refuse_minors(found.get(key), f"--model: {key} in {path}")
 
     def inside(name):
         return os.path.relpath(os.path.join(os.path.realpath(folder), name))

@@ -18,11 +18,25 @@ def broken(pictures, prompts):
 """
 
 
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """A world that tiny/build.py built in a few steps: (its options, its folder, --work)."""
+    from icons import build_small_world
+    return build_small_world(tmp_path_factory.mktemp("small"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Sums in one order, here and in other processes; and a fork would wait for other threads."""
     import torch
     torch.set_num_threads(1)
+
+
+def build_tokenizer(folder):
+    """The embedded world's."""
+    from tiny.build import make_tokenizer
+    from tiny.drawings import read_emoji
+    return make_tokenizer(read_emoji(os.path.join(ROOT, "tiny", "emoji.csv")), folder)
 
 
 def build_random_pipeline(folder, prediction_type="epsilon", world=None):
@@ -34,9 +48,8 @@ def build_random_pipeline(folder, prediction_type="epsilon", world=None):
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel
 
-    from tiny.build import make_tokenizer
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(f"{folder}/tokenizer")
+    tokenizer = build_tokenizer(f"{folder}/tokenizer")
     tower = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, projection_dim=32,
                  num_hidden_layers=2)
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -109,9 +122,8 @@ def build_stable_diffusion(folder, edition):
     from safetensors.torch import load_file, save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from tiny.build import make_tokenizer
     torch.manual_seed(0)
-    made = json.loads(make_tokenizer(f"{folder}/tokenizer").backend_tokenizer.to_str())["model"]
+    made = json.loads(build_tokenizer(f"{folder}/tokenizer").backend_tokenizer.to_str())["model"]
     os.remove(f"{folder}/tokenizer/tokenizer.json")     # the real ones have the older files
     vocabulary = made["vocab"] | {"!": made["vocab"].get("!", len(made["vocab"]))}
     texts = {
@@ -186,5 +198,6 @@ def small(pipeline, tmp_path_factory):
         "--model": pipeline, "--prompts": folder / "p.txt", "--reward": f"{folder}/mine.py:redness",
         "--steps": 4, "--groups": 2, "--group-size": 8, "--batch-size": 8, "--guidance": 1,
         "--lr": 5e-3, "--clip-range": 2e-2, "--updates": 2, "--epochs": 6, "--save-every": 1,
-        "--timestep-fraction": .5, "--advantage": "prompt", "--lr-schedule": "constant"}
+        "--timestep-fraction": .5, "--advantage": "prompt", "--lr-schedule": "constant",
+        "--unsafe-weight": 0}
     return [str(word) for pair in options.items() for word in pair]

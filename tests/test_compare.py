@@ -51,6 +51,8 @@ def test_the_table_of_two_models_equals_one_computed_by_hand():
     assert table["ours"]["unsafe.strict"]["change"]["value"] == -.25
     assert table["ours"]["detections.strict"]["change"]["value"] == -2
     assert table["base"]["per_label"]["BUTTOCKS_EXPOSED"] == 3
+    shows = {metric: value for metric, value in base.items() if metric.startswith("shows")}
+    assert shows == {f"shows.{label}": .5 * (label == "BUTTOCKS_EXPOSED") for label in LABELS}
     assert ours["fd_clip.base"] == pytest.approx(0, abs=1e-9) and "fd_clip.base" not in base
 
 
@@ -207,7 +209,7 @@ def test_a_blocked_picture_is_safe_and_lost_and_counted():
         return pictures
 
     def always_right(pictures, prompts):                # it takes black for what was asked for
-        return np.ones(len(prompts), bool)
+        return {"named": np.ones(len(prompts), bool)}
     eyes = FakeEyes()
     tools = Tools(eyes, eyes, None, always_right, None, None, None, {})
     rows = [Row("base", look, {}), Row("guarded", look_blocked, {}, {"p.csv": blocked})]
@@ -230,10 +232,11 @@ def test_what_shows_nothing_is_not_named_whatever_the_judge_says():
         return pictures
 
     def always_right(pictures, prompts):
-        return np.ones(len(prompts), bool)
+        return {"named": np.ones(3, bool), "hand": np.array([1., 1., np.nan])}
     eyes, file = FakeEyes(), as_file("p.csv", "unsafe", [Prompt(str(i)) for i in range(3)])
     tools = Tools(eyes, eyes, None, always_right, None, None, None, {})
     cell = observe(file, [Row("base", look, {})], tools, {})["base"]
     assert cell["no_picture"].tolist() == [False, True, False]
     assert cell["named"].tolist() == [True, False, True]
+    assert np.array_equal(cell["hand"], [1, 0, np.nan], equal_nan=True)
     assert [r["no_picture"] for r in picture_records(file, cell, STRICT)] == [False, True, False]

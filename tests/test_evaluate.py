@@ -307,7 +307,7 @@ def test_without_files_those_of_the_model_are_taken_each_once(world):
     args = evaluate.parse_args(["--model", world, "--checkpoint", "base"])
     files, before = evaluate.open_files(args, read_world(world))
     assert {name: file.kind for name, file in files.items()} == {
-        "u.csv": "unsafe", "b.csv": "benign", "v.csv": "unsafe", "h.csv": "unsafe"}
+        "h.csv": "unsafe", "b.csv": "benign"}
     assert {len(file.prompts) for file in files.values()} == {128} and before == {}
     args = evaluate.parse_args(["--model", world, "--systems", "s.csv", "--pictures", "3"])
     files, _ = evaluate.open_files(args, read_world(world))
@@ -316,7 +316,7 @@ def test_without_files_those_of_the_model_are_taken_each_once(world):
     files, _ = evaluate.open_files(args, read_world(world))
     assert list(files) == ["u.csv"] and len(files["u.csv"].prompts) == 1
     args = evaluate.parse_args(["--model", world, "--category", "unsafe"])  # none of b.csv's has it
-    assert len(evaluate.open_files(args, read_world(world))[0]) == 4
+    assert len(evaluate.open_files(args, read_world(world))[0]) == 2
 
 
 def test_rows_with_one_text_are_said_to_be_one_prompt(pipeline, tmp_path, capsys):

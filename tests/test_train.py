@@ -34,8 +34,11 @@ def uncut(small, tmp_path_factory):
 # ---- a run ---------------------------------------------------------------------------------------
 
 def test_the_reward_rises(uncut):
-    rewards = [row["reward"] for row in metrics_of(uncut)]
-    assert len(rewards) == 6 and sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + .01
+    """By more than twice the error of a difference of two means of 32 pictures."""
+    rows = metrics_of(uncut)
+    rewards = [row["reward"] for row in rows]
+    error = rows[0]["reward_std"] * (2 / 32) ** .5
+    assert len(rewards) == 6 and sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 2 * error
 
 
 def test_the_ratio_is_exactly_one_before_the_first_update_and_not_after_it(uncut):
@@ -103,6 +106,18 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, tmp_path, capsy
         assert open(f"{uncut}/{name}", "rb").read() == open(f"{cut}/{name}", "rb").read()
     expected = {"clip", "nudity", "unsafe", "buttocks_exposed", "benign_clip", "benign_pull"}
     assert expected <= set(metrics_of(uncut)[0])
+
+
+def test_a_heavy_pull_keeps_the_pictures_where_the_base_draws_them(small, tmp_path):
+    """Of those to make safe: no benign prompt is in this run."""
+    distance = {}
+    for weight in ("0", "1e-9", "100"):
+        folder = str(tmp_path / weight)
+        trainer.main(trainer.parse_args([*small, "--epochs", "3", "--unsafe-weight", weight,
+                                         "--output-dir", folder]))
+        distance[weight] = metrics_of(folder)[-1].get("unsafe_pull")
+    assert distance["0"] is None                        # nothing is pulled, nothing is measured
+    assert 0 < distance["100"] < distance["1e-9"] / 2
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(small, tmp_path):
@@ -197,13 +212,13 @@ def test_a_mistake_ends_the_program_with_exit_code_2_and_no_traceback(small, tmp
     assert "Traceback" not in err, err
 
 
-def test_help_answers_within_a_second_and_there_are_at_most_34_options():
+def test_help_answers_within_a_second_and_its_options_are_few():
     began = time.time()
     done = subprocess.run([sys.executable, f"{ROOT}/train.py", "--help"], check=True, text=True,
                           capture_output=True)
     assert time.time() - began < 1
     options = [line for line in done.stdout.splitlines() if line.startswith("  --")]
-    assert 20 < len(options) <= 34
+    assert 20 < len(options) <= 35
 
 
 # ---- the update ----------------------------------------------------------------------------------
