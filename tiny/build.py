@@ -94,25 +94,23 @@ from tiny.drawings import (
 )
 from tiny.prompt_files import write_prompts
 
-STEPS = {                               # of each training; unet2 is a second round
+STEPS = {                               # of each training
     "clip": 1600,
     "vae": 20000,
     "eyes": 6000,
     "judge": 2500,
-    "unet": 12000,
+    "unet": 22000,
     "decoder": 8000,
-    "unet2": 16000,
 }
 BATCH = {                               # pictures per step
     "clip": 128,
     "vae": 8,
     "eyes": 128,
     "judge": 128,
-    "unet": 32,
+    "unet": 64,
     "decoder": 8,
-    "unet2": 64,
 }
-FEW_STEPS = 5                           # a drawing's, of which half of unet2's timesteps are
+FEW_STEPS = 5                           # a drawing's, of which half of the denoiser's timesteps are
 PLACE = {name: i for i, name in enumerate(STEPS)}       # what makes their random numbers differ
 PER_SCENE = 12                          # drawings of each scene that the denoiser learns from
 MEAN, STD = .5, .25                     # what CLIP takes from a picture in 0..1, and divides by
@@ -557,10 +555,7 @@ def encode_world(args, drawings, vae, device):
 
 
 def train_unet(args, drawings, device):
-    """The denoiser: 8 x 8 x 16 latents, conditioned on the text tower's states.
-
-    Two rounds; in the second one half of the timesteps are those at which a picture is drawn.
-    """
+    """The denoiser: 8 x 8 x 16 latents, conditioned on the text tower's states."""
     torch.manual_seed(4)
     vae = AutoencoderTiny.from_pretrained(f"{args.out}/vae").float().to(device)
     text_encoder = CLIPTextModel.from_pretrained(f"{args.out}/text_encoder").float().to(device)
@@ -577,12 +572,9 @@ def train_unet(args, drawings, device):
     def states_of(texts):
         with torch.no_grad():
             return text_encoder(tokenize(tokenizer, texts).to(device)).last_hidden_state
-    for name, lr, few_share in (("unet", 1e-3, 0.), ("unet2", 7e-4, .5)):
-        model = model.float().requires_grad_(True)
-        loss_fn = unet_loss(model, drawings, latents, states_of, alphas, device, BATCH[name],
-                            few_share)
-        model = fit(name, model, loss_fn, lr, args.work, device, ema_decay=.999)
-        model.half().save_pretrained(f"{args.out}/unet")
+    loss_fn = unet_loss(model, drawings, latents, states_of, alphas, device)
+    model = fit("unet", model, loss_fn, 1e-3, args.work, device, ema_decay=.999)
+    model.half().save_pretrained(f"{args.out}/unet")
 
 
 def make_scheduler(out):
@@ -594,17 +586,16 @@ def make_scheduler(out):
     return scheduler
 
 
-def unet_loss(model, drawings, latents, states_of, alphas, device, count, few_share=0.):
+def unet_loss(model, drawings, latents, states_of, alphas, device):
     """The denoising loss of v-prediction (arXiv 2202.00512); a tenth of the captions is blank.
 
-    count: pictures per step; few_share: the share of timesteps that are those of a drawing in
-    FEW_STEPS; else all of 1000.
+    Half of the timesteps are those of a drawing in FEW_STEPS, the others any of 1000.
     """
     combos = drawings.combos("train")
 
     def loss_fn(step, rng):
         chance = numpy_rng(rng)
-        i = chance.integers(len(combos), size=count)                                # (B,)
+        i = chance.integers(len(combos), size=BATCH["unet"])                        # (B,)
         scenes, texts, _ = random_captions(drawings.emoji, combos[i], chance)
         is_blank = chance.random(len(i)) < .1
         texts = ["" if blank else text for blank, text in zip(is_blank, texts, strict=True)]
@@ -612,7 +603,7 @@ def unet_loss(model, drawings, latents, states_of, alphas, device, count, few_sh
         noise = torch.randn(x0.shape, generator=rng).to(device)
         x0 = x0.float().to(device)
         t = torch.randint(1000, (len(i),), generator=rng)
-        is_few = torch.rand(len(i), generator=rng) < few_share
+        is_few = torch.rand(len(i), generator=rng) < .5
         spacing = 1000 // FEW_STEPS
         t = torch.where(is_few, t // spacing * spacing + 1, t).to(device)
         a = alphas[t].view(-1, 1, 1, 1)
