@@ -77,7 +77,7 @@ def parse_args(argv=None):
     g.add_argument("--benign-weight", type=at_least(0, float),
                    help="how strongly benign pictures are pulled towards the base's")
     g.add_argument("--unsafe-weight", type=at_least(0, float),
-                   help="the same of the others: what is drawn stays what the base can draw")
+                   help="the same for pictures of the prompts to make safe")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile the UNet: minutes at first, then faster on a GPU")
     g.add_argument("--gradient-checkpointing", action=BooleanOptionalAction,
@@ -116,7 +116,6 @@ from sample import check_texts, generate
 
 WEIGHT_DECAY = 1e-4
 MAX_GRAD_NORM = 1.
-WATCHED = {"loss", "benign_pull", "unsafe_pull"}        # must be finite
 PREVIEW_PICTURES = 16
 
 
@@ -143,19 +142,12 @@ def check_gradient(norm, records, epoch):
     """A gradient that is not finite ends the run before the weights are touched."""
     if not torch.isfinite(norm):
         bad = [record["at"] for record in records
-               if not all(torch.isfinite(record[name]) for name in record.keys() & WATCHED)]
+               if not torch.isfinite(next(iter(record.values())))]     # its loss or its pull
         bad = sum(processes.gather(bad), [])
         where = f" at step {bad[0][1]} of a batch that starts with {bad[0][0]!r}" if bad else ""
         raise UserError(f"epoch {epoch}: the gradient is {norm.item()}{where}; the update was "
-                        "refused, what was saved stays; give a lower --lr, --guidance or "
-                        "--benign-weight")
-
-
-def pull_records(pull, is_benign, at):
-    """What metrics.jsonl says of the pull (b,) on benign pictures and on the others."""
-    kinds = (("benign_pull", is_benign), ("unsafe_pull", ~is_benign))
-    return [{name: pull[torch.from_numpy(of)].mean(), "rows": int(of.sum()), "at": at}
-            for name, of in kinds if of.any()]
+                        "refused, what was saved stays; give a lower --lr, --guidance, "
+                        "--benign-weight or --unsafe-weight")
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -249,7 +241,6 @@ def main(args, clock=lambda stage: None):
                                    args.seed, epoch, last_rewards, args.hardness)
         texts = np.repeat(np.array(drawn, dtype=object), args.group_size)               # (N,)
         is_benign = np.repeat(benign_group, args.group_size)                            # (N,)
-        pull_weight = np.where(is_benign, args.benign_weight, args.unsafe_weight)       # (N,)
         seeds = rng.integers(2 ** 62, size=len(texts))                                  # (N,)
         latents, log_probs, scores = [], [], []
         with scoring_thread(policy.device) as scorer, bar(desc=f"epoch {epoch}") as ticks:
@@ -306,16 +297,19 @@ def main(args, clock=lambda stage: None):
                                 "at": (str(texts[local[i[0]]]), int(k[0]))})
 
             # the pull of pictures towards the base, at steps drawn from all of them
-            if pull_weight.reshape(args.updates, -1)[update].any():     # of any process
+            for name, of, weight in (("benign_pull", is_benign, args.benign_weight),
+                                     ("unsafe_pull", ~is_benign, args.unsafe_weight)):
+                in_update = of.reshape(args.updates, -1)[update].any()      # of any process
+                if not weight or not in_update:
+                    continue
                 pulled = rng.choice(args.steps, len(learned), replace=False)
-                for i, k in pairs(rows[pull_weight[local[rows]] > 0], pulled, args.batch_size):
+                for i, k in pairs(rows[of[local[rows]]], pulled, args.batch_size):
                     batch_texts = texts[local[i]]
                     predict = plain(policy, batch_texts, guidance_of(batch_texts, args.guidance))
                     pull = policy.distance_to_base(predict, latents[i, k], schedule, k)     # (b,)
-                    weight = torch.from_numpy(pull_weight[local[i]]).to(pull)
-                    ((weight * pull).sum() / decisions).backward()
-                    records += pull_records(pull.detach(), is_benign[local[i]],
-                                            (str(texts[local[i[0]]]), int(k[0])))
+                    (weight * pull.sum() / decisions).backward()
+                    records.append({name: pull.detach().mean(), "rows": len(i),
+                                    "at": (str(texts[local[i[0]]]), int(k[0]))})
 
             processes.sum_gradients(trained.values())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)

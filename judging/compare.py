@@ -145,6 +145,8 @@ def per_picture(cell, sets):
         values[f"shows.{label}"] = cell["scores"][:, i] >= THRESHOLD
     if "nsfw" in cell:
         values["nsfw"] = cell["nsfw"] >= .5
+    if "skin" in cell:
+        values["skin"] = cell["skin"]
     values = {what: of_pictures(value, cell) for what, value in values.items()}
     values |= {what: cell[what] for what in OF_A_PICTURE if what in cell and what not in values}
     return values

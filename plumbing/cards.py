@@ -29,9 +29,9 @@ def run_card(args, policy, trained, data, machine):
     weights = sum(p.numel() for p in trained.values())
     reward = args.reward or f"{args.clip_weight:g} CLIP - max({args.unsafe_labels})"
     if args.benign_weight and data.benign and args.benign_share:
-        reward += f"; benign pictures are pulled to the base with weight {args.benign_weight:g}"
+        reward += f"; benign prompts are pulled towards the base with weight {args.benign_weight:g}"
     if args.unsafe_weight:
-        reward += f"; pictures to make safe with {args.unsafe_weight:g}"
+        reward += f"; those to make safe with weight {args.unsafe_weight:g}"
     device, dtype, why = machine
     lines = [
         ("model", f"{args.model}, {policy.prediction_type}; trains {millions(weights)} of "

@@ -9,7 +9,8 @@ The world is some 120 emoji x 3 sizes x 8 backgrounds, each drawn by four hands 
 captioned "a painted large peach on a blue background" or, leaving the hand open, "a large peach on
 a blue background". Half of the combinations is held out from all models. NudeNet takes some of the
 emoji for bare skin, but hardly ever where they have a dark outline: what clothing is to a nude, so
-that there is a safe way to draw each of them.
+that there is a safe way to draw each of them. The weights beside this file are still the first
+world's (results/log.md, "The second world").
 
 Cut off at any moment, the same command resumes; states and loss curves are in --work. Two stages
 at a time use two cores (OMP_NUM_THREADS=1 each): vae beside clip, then unet beside eyes, judge and
@@ -24,6 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, ROOT)                            # Python puts tiny/ there, not the root
 
 from plumbing.options import Parser, UserError, run
+from tiny.drawings import add_sources
 
 STAGES = ["clip", "vae", "eyes", "judge", "unet", "decoder", "data"]
 
@@ -31,11 +33,9 @@ STAGES = ["clip", "vae", "eyes", "judge", "unet", "decoder", "data"]
 def parse_args(argv=None):
     p = Parser("Build the embedded text-to-emoji world.")
     p.add_argument("--stage", default="all", choices=["all", *STAGES],
-                   help="what to build; all: in this order, without what is finished")
-    p.add_argument("--icons", default="out/icons",
-                   help="folder of the three packages' archives (drawings.py has the command)")
-    p.add_argument("--emoji", default=os.path.relpath(os.path.join(HERE, "emoji.csv")),
-                   help="table of the emoji, their splits and their drawers' shares")
+                   help="what to build; all: in this order, without what is finished. After a new "
+                        "clip its eyes are due again, after a new vae its decoder")
+    add_sources(p)
     p.add_argument("--out", default=None,
                    help="folder of the finished world; this program's own if left out")
     p.add_argument("--data", default=None,
@@ -312,12 +312,10 @@ def eyes_loss(model, captions, drawings, device, spoiled=1 / 8):
     pictures that are spoiled (spoil); no caption is true of them.
     """
     mean, std = normalisation(device)
-    combos = drawings.combos("train")
 
     def loss_fn(step, rng):
         chance = numpy_rng(rng)
-        chosen = combos[chance.integers(len(combos), size=BATCH["eyes"])]           # (B, 3)
-        scenes = np.column_stack([chosen, chance.integers(len(HAND_OF), size=len(chosen))])
+        scenes = drawings.random_scenes(BATCH["eyes"], chance)                      # (B, 4)
         pictures, is_spoiled = drawings.draw(scenes, chance), np.zeros(len(scenes), bool)
         for i in range(round(spoiled * len(scenes))):
             other = scenes[chance.integers(len(scenes))]
@@ -451,12 +449,10 @@ def train_judge(args, drawings, device):
         layer_type="basic", id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)})
     model = ResNetForImageClassification(config).to(device)
-    combos = drawings.combos("train")
 
     def loss_fn(step, rng):
         chance = numpy_rng(rng)
-        chosen = combos[chance.integers(len(combos), size=BATCH["judge"])]
-        scenes = np.column_stack([chosen, chance.integers(len(HAND_OF), size=len(chosen))])
+        scenes = drawings.random_scenes(BATCH["judge"], chance)
         labels = scenes[:, 0] * len(HANDS) + np.array(HAND_OF)[scenes[:, 3]]
         x = augment(to_unit(drawings.draw(scenes, chance), device), rng)
         logits = model(x * 2 - 1).logits                                    # (B, emoji x hands)
@@ -478,9 +474,7 @@ def reconstruction_loss(error):
 def random_pictures(drawings, count, rng, device):
     """Any scenes of the training combinations, by any drawer: (count, 3, 64, 64) in -1..1."""
     chance = numpy_rng(rng)
-    combos = drawings.combos("train")
-    chosen = combos[chance.integers(len(combos), size=count)]
-    scenes = np.column_stack([chosen, chance.integers(len(HAND_OF), size=count)])
+    scenes = drawings.random_scenes(count, chance)
     return to_unit(drawings.draw(scenes, chance), device) * 2 - 1
 
 
@@ -521,7 +515,7 @@ def train_decoder(args, drawings, device):
         x = random_pictures(drawings, BATCH["decoder"], rng, device)
         with torch.no_grad():
             z = vae.encode(x).latents.float() * scaling
-        noisy = z + .1 * torch.randn(z.shape, generator=rng).to(device)     # nor is it very exact
+        noisy = z + .1 * torch.randn(z.shape, generator=rng).to(device)     # of the latents' spread
         return reconstruction_loss(vae.decode(noisy / scaling).sample - x)
     vae = fit("decoder", vae, loss_fn, 1e-3, args.work, device, ema_decay=.998)
     vae.half().save_pretrained(f"{args.out}/vae")

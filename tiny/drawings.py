@@ -52,6 +52,14 @@ INK = "#201a1a"                                         # the outline's colour
 OUTLINE, INNER = 3., 1.                                 # widths, of 32: the silhouette's, inside
 
 
+def add_sources(parser):
+    """The options of tiny/'s programs that say where the drawings come from."""
+    parser.add_argument("--icons", default="out/icons",
+                        help="folder of the three packages' archives (drawings.py has the command)")
+    parser.add_argument("--emoji", default=os.path.relpath(os.path.join(HERE, "emoji.csv")),
+                        help="table of the emoji, their splits and their drawers' shares")
+
+
 # ---- the emoji -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -120,21 +128,24 @@ def random_captions(emoji, combos, rng):
     says = rng.random((len(combos), 3)) < [.85, .85, .5]
     hands = rng.integers(len(HANDS), size=len(combos))
     shares = np.array([emoji[e].shares for e in combos[:, 0]])              # (N, 4)
-    obey = np.array(HAND_OF) == hands[:, None]                              # (N, 4)
-    obeying = obey * (shares + 1e-6)                    # of two flat drawers the usual one
-    shares = np.where(says[:, 2:], obeying, shares).cumsum(1)
+    shares = np.where(says[:, 2:], of_hand(shares, hands[:, None]), shares).cumsum(1)
     drawers = (rng.random((len(combos), 1)) * shares[:, -1:] >= shares).sum(1)
-    scenes = np.column_stack([combos, drawers])
-    return scenes, [caption_of(emoji, *both) for both in zip(scenes, says, strict=True)], says
+    texts = [caption(emoji[e].name,
+                     HANDS[hand] if with_hand else None,
+                     list(SIZES)[s] if with_size else None,
+                     list(BACKGROUNDS)[b] if with_background else None)
+             for (e, s, b), hand, (with_size, with_background, with_hand)
+             in zip(combos, hands, says, strict=True)]
+    return np.column_stack([combos, drawers]), texts, says
 
 
-def caption_of(emoji, scene, says=(True, True, True)):
-    """The caption of a scene that says its size, its background, its hand, or leaves them out."""
-    e, s, b, d = scene
-    return caption(emoji[e].name,
-                   HANDS[HAND_OF[d]] if says[2] else None,
-                   list(SIZES)[s] if says[0] else None,
-                   list(BACKGROUNDS)[b] if says[1] else None)
+def of_hand(shares, hand):
+    """Drawers' shares (..., 4), of those alone who draw by a hand (an index of HANDS, or (..., 1)).
+
+    Two flat drawers who never draw an emoji where the hand is open do so half of the time each.
+    """
+    shares = (np.array(HAND_OF) == hand) * (np.asarray(shares) + 1e-6)
+    return shares / shares.sum(-1, keepdims=True)
 
 
 # ---- the drawers' pictures -----------------------------------------------------------------------
@@ -252,6 +263,12 @@ class Drawings:
         combos = combinations(self.emoji)
         wanted = [SPLITS.index(split) for split in splits]
         return combos[np.isin(split_of(combos), wanted)]
+
+    def random_scenes(self, count, rng):
+        """Training combinations by any drawer: (count, 4), emoji, size, background, drawer."""
+        combos = self.combos("train")
+        chosen = combos[rng.integers(len(combos), size=count)]
+        return np.column_stack([chosen, rng.integers(len(DRAWERS), size=count)])
 
     def draw_one(self, scene, rng, hue=None):
         """A scene (emoji, size, background, drawer) -> uint8 RGB (64, 64, 3)."""

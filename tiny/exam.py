@@ -15,14 +15,12 @@ if __name__ == "__main__":
     sys.path.insert(0, ROOT)
 
 from plumbing.options import Parser, run
+from tiny.drawings import add_sources
 
 
 def parse_args(argv=None):
     p = Parser("Examine the embedded world's models.")
-    p.add_argument("--icons", default="out/icons",
-                   help="folder of the three packages' archives (drawings.py has the command)")
-    p.add_argument("--emoji", default=os.path.relpath(os.path.join(HERE, "emoji.csv")),
-                   help="table of the emoji, their splits and their drawers' shares")
+    add_sources(p)
     p.add_argument("--model", default=os.path.relpath(HERE), help="the world's folder")
     p.add_argument("--split", default="validation", choices=["validation", "test"],
                    help="whose prompts the base draws")

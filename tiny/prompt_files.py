@@ -33,7 +33,7 @@ from tiny.drawings import BACKGROUNDS, HANDS, SIZES, SPLITS, caption, combinatio
 PICTURES = 12                           # of each caption, on which its safety is decided
 UNSAFE = 1 / 3                          # of them
 FACES = ["FACE_FEMALE", "FACE_MALE"]
-CONCEPTS = {                            # concept: (files' first word, labels, option of train.py)
+CONCEPTS = {                            # concept: (files' first word, the detector's labels)
     "nudity": ("unsafe", STRICT),
     "faces": ("people", FACES),
 }

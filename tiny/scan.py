@@ -18,14 +18,12 @@ if __name__ == "__main__":
 
 from plumbing.kinds import at_least
 from plumbing.options import Parser, run
+from tiny.drawings import add_sources
 
 
 def parse_args(argv=None):
     p = Parser("Scan the embedded world's drawings with NudeNet.")
-    p.add_argument("--icons", default="out/icons",
-                   help="folder of the three packages' archives (drawings.py has the command)")
-    p.add_argument("--emoji", default=os.path.relpath(os.path.join(HERE, "emoji.csv")),
-                   help="table of the emoji, their splits and their drawers' shares")
+    add_sources(p)
     p.add_argument("--drawings", type=at_least(1), default=4,
                    help="of each combination by each drawer")
     p.add_argument("--output", default=os.path.relpath(os.path.join(ROOT, "results",
@@ -45,7 +43,7 @@ from tqdm import tqdm
 
 from plumbing.files import write
 from reward import EXPOSED, STRICT, THRESHOLD, Nudity, worst_label
-from tiny.drawings import DRAWERS, HAND_OF, HANDS, Drawings, combinations
+from tiny.drawings import DRAWERS, HANDS, Drawings, combinations, of_hand
 from tiny.prompt_files import CONCEPTS, FACES, OPEN, SAID, UNSAFE, text_of
 
 LABELS_OF = {"strict": STRICT, "exposed": EXPOSED, "faces": FACES}
@@ -71,10 +69,9 @@ def expected(rates, shares, hand=None):
 
     shares (4,): how often each drawer draws it; of a said hand those of that hand alone.
     """
-    shares = np.array(shares) + 1e-6                    # random_captions has the same
     if hand:
-        shares = shares * (np.array(HAND_OF) == HANDS.index(hand))
-    return (rates * shares).sum(-1) / shares.sum()
+        shares = of_hand(shares, HANDS.index(hand))
+    return (rates * np.array(shares)).sum(-1)
 
 
 def own_rates(one, rates, e):
