@@ -241,7 +241,7 @@ def epoch_flops(args):
     policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)
     policy.make_trainable("lora", args.rank, args.lora_targets)
     if args.gradient_checkpointing:
-        policy.checkpoint_gradients()
+        policy.unet.enable_gradient_checkpointing()
     predict = plain(policy, ["a", "a"], args.guidance)
     x = torch.zeros(2, *policy.latent_shape(), device=policy.device)
     t = torch.tensor(1, device=policy.device)

@@ -13,13 +13,12 @@ import json
 import math
 import os
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError, safe_open
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from ddpo import Schedule, ddim_schedule, mean_distance, step_mean
@@ -107,6 +106,8 @@ class Policy:
             network = getattr(self, name).to(self.device)
             add_loras(network, [(halves[name], weight) for halves, weight in weights.loras
                                 if name in halves])
+        if self.is_bf16_on_cpu:                         # there fused attention learns slowly
+            self.unet.set_attn_processor(AttnProcessor())
         to_precision(self.text_encoder, dtype)
         if not trainable:
             self.set_precision()
@@ -204,24 +205,8 @@ class Policy:
         """The network's output (B, C, h, w), float32, for latents x, timestep t, states text."""
         unet = self.compiled.get(len(x), self.unet)
         in_half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=in_half), self.attention():
+        with torch.autocast(self.device.type, self.dtype, enabled=in_half):
             return unet(x.to(self.dtype), t, text.to(self.dtype)).sample.float()
-
-    def attention(self):
-        """The context in which attention is computed.
-
-        PyTorch's fused attention learns slowly in bf16 on a CPU: 1.2 times the whole backward.
-        """
-        return sdpa_kernel(SDPBackend.MATH) if self.is_bf16_on_cpu else nullcontext()
-
-    def checkpoint_gradients(self):
-        """Keep no activations inside the UNet's blocks: compute them again in the backward."""
-        def contexts():                                 # of the forward, and of the second one
-            return nullcontext(), self.attention()
-
-        def run(module, *args):
-            return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
-        self.unet.enable_gradient_checkpointing(run)
 
     @torch.no_grad()
     def decode(self, latents):

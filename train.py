@@ -171,7 +171,7 @@ def main(args, clock=lambda stage: None):
     policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)
     trained = policy.make_trainable("lora", args.rank, args.lora_targets)
     if args.gradient_checkpointing:
-        policy.checkpoint_gradients()
+        policy.unet.enable_gradient_checkpointing()
     nudity = Nudity(device=device)
     if reward_fn is None:
         clip = ClipScore(policy.world.clip, device, policy.world.clip_option)

@@ -499,7 +499,7 @@ def test_gradient_checkpointing_changes_no_gradient(pipeline, dtype):
         policy = Policy(pipeline, dtype=dtype, trainable=True)
         trained = random_lora(policy)
         if checkpointed:
-            policy.checkpoint_gradients()
+            policy.unet.enable_gradient_checkpointing()
         x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         plain(policy, ["a dog", "a cup"], 2.)(x, torch.tensor(500)).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trained.values()]))

@@ -66,6 +66,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -561,6 +562,7 @@ def train_unet(args, drawings, device):
         layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128, attention_head_dim=4)
+    model.set_attn_processor(AttnProcessor())           # in bf16 on a CPU 1.4 times as fast a step
     model = model.to(device)
 
     def states_of(texts):
