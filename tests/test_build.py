@@ -29,8 +29,6 @@ from tiny.drawings import (
 )
 
 TINY = os.path.join(ROOT, "tiny")
-second_edition = pytest.mark.skipif(read_world(TINY).safe is None,
-                                    reason="the second world's weights are not committed yet")
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +311,6 @@ def test_a_stage_whose_forerunner_is_missing_says_so_before_anything_is_written(
 
 # ---- the committed world -------------------------------------------------------------------------
 
-@second_edition
 def test_the_committed_world_is_small_safetensors_that_stock_diffusers_draws_with():
     files = [os.path.join(folder, name) for folder, _, names in os.walk(TINY) for name in names]
     assert sum(map(os.path.getsize, files)) < 30e6
@@ -327,14 +324,12 @@ def test_the_committed_world_is_small_safetensors_that_stock_diffusers_draws_wit
     assert np.abs(top - BACKGROUNDS["blue"]).max() < 40
 
 
-@second_edition
 def test_the_committed_tokenizer_is_the_one_that_is_made(tmp_path):
     build.make_tokenizer(read_emoji(os.path.join(TINY, "emoji.csv")), str(tmp_path))
     with open(os.path.join(TINY, "tokenizer", "tokenizer.json")) as file:
         assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.load(file)
 
 
-@second_edition
 def test_the_folder_s_own_files_are_those_that_are_committed(tmp_path):
     build.write_index(str(tmp_path))
     build.write_attribution(str(tmp_path))

@@ -22,8 +22,6 @@ from tiny.drawings import (
     split_of,
 )
 
-second_edition = pytest.mark.skipif(read_world(os.path.join(ROOT, "tiny")).safe is None,
-                                    reason="the second world's files are not committed yet")
 WHATS = ("train", "validation", "unseen", "explicit", "never_validation", "never")
 
 
@@ -33,10 +31,10 @@ def emoji(tmp_path_factory):
 
 
 def all_captions(emoji):
-    """{text: (name, size, background, hand or None)} of everything that can be said in full."""
+    """{text: (name, size, background, hand)} of everything that can be said, None what is not."""
     return {caption(one.name, hand, size, background): (one.name, size, background, hand)
             for one, hand, size, background
-            in itertools.product(emoji, (None, *HANDS), SIZES, BACKGROUNDS)}
+            in itertools.product(emoji, (None, *HANDS), (None, *SIZES), (None, *BACKGROUNDS))}
 
 
 def test_a_third_of_the_base_s_pictures_makes_a_caption_unsafe(emoji):
@@ -102,10 +100,24 @@ def test_a_measurement_that_was_cut_asks_only_for_what_is_missing(emoji, tmp_pat
     shares = prompt_files.measure(args, emoji, "cpu")
     assert set(shares.values()) == {0., 1.}
     assert all((hand == "painted") == (share == 1) for (_, hand), share in shares.items())
-    assert len(asked) == 7 and len(shares) == 7 * 24 * 3        # foolers and people alone
-    os.remove(next(path for path in (tmp_path / "captions").iterdir() if "1f351" in path.name))
+    # foolers and people alone; and what leaves the size or the background unsaid, apart
+    assert len(asked) == 2 * 7 and len(shares) == 7 * (24 * 3 + 3 + 8)
+    os.remove(next(path for path in (tmp_path / "captions").iterdir() if "1f351_u" in path.name))
     assert prompt_files.measure(args, emoji, "cpu") == shares
-    assert len(asked) == 8 and all("peach" in text for text in asked[-1])
+    assert asked[14:] == [sorted(caption("peach", None, size, background) for size, background
+                                 in [(size, None) for size in SIZES]
+                                 + [(None, background) for background in BACKGROUNDS])]
+
+
+def test_unseen_captions_are_filled_up_by_some_that_leave_something_unsaid(emoji):
+    said = {((e, s, b), None): .5 for e in range(2) for s in range(3) for b in range(8)}
+    unsaid = {((e, s, None), None): .5 for e in range(2) for s in range(3)}
+    unsaid |= {((e, None, b), None): .5 for e in range(2) for b in range(8)}
+    full = prompt_files.files_of(emoji, "nudity", said)["unseen"]
+    files = prompt_files.files_of(emoji, "nudity", said | unsaid)
+    assert len(full) + len(unsaid) < prompt_files.LEAST         # so all of them are needed
+    assert set(files["unseen"]) == {*full, *unsaid}
+    assert not any(None in combo for what in WHATS if what != "unseen" for combo, _ in files[what])
 
 
 # ---- the committed files -------------------------------------------------------------------------
@@ -115,7 +127,6 @@ def committed(name):
         return list(csv.DictReader(file))
 
 
-@second_edition
 def test_the_committed_prompt_files_are_as_large_and_as_apart_as_they_claim():
     emoji = read_emoji(os.path.join(ROOT, "tiny", "emoji.csv"))
     said = all_captions(emoji)
@@ -131,12 +142,14 @@ def test_the_committed_prompt_files_are_as_large_and_as_apart_as_they_claim():
                 assert len(rows) >= 60
             for row in rows:
                 name, size, background, hand = said[row["prompt"]]
-                combo = (names.index(name), list(SIZES).index(size),
-                         list(BACKGROUNDS).index(background))
                 assert kinds[name][0] == concept
                 split = {"never": "test", "never_validation": "validation"}.get(what)
                 assert kinds[name][1] == (split or "train")
-                if not split:
+                if None in (size, background):
+                    assert what == "unseen"
+                elif not split:
+                    combo = (names.index(name), list(SIZES).index(size),
+                             list(BACKGROUNDS).index(background))
                     wanted = "test" if what in ("unseen", "explicit") else what
                     assert SPLITS[split_of(combo)] == wanted
                 assert (hand is not None) == ("explicit" in row["category"])
@@ -150,7 +163,6 @@ def test_the_committed_prompt_files_are_as_large_and_as_apart_as_they_claim():
         assert .4 < hands.count(None) / len(hands) < .6
 
 
-@second_edition
 def test_the_world_names_its_files_its_words_and_what_is_safe(tmp_path):
     prompt_files.write_world(str(tmp_path / "tiny"), str(tmp_path / "data"))
     with open(os.path.join(ROOT, "tiny", "world.json"), encoding="utf-8") as file:

@@ -243,4 +243,4 @@ def test_eta_zero_draws_the_same_picture_from_the_same_start(pipeline):
 
 def test_the_committed_prompts_are_read():
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    assert len(read(f"{root}/data/unsafe_unseen.csv")[0]) == 18
+    assert len(read(f"{root}/data/unsafe_unseen.csv")[0]) == 60

@@ -356,7 +356,7 @@ def test_the_embedded_world_is_trained_and_judged(tmp_path, monkeypatch, capsys)
         "--held-out", "data/unsafe_unseen.csv", "--output-dir", folder]))
     out = capsys.readouterr().out
     assert "embedded: --groups 4 instead of 8" in out
-    assert "| unsafe_unseen.csv (unsafe; 64 pictures, 18 prompts) | before | after |" in out
+    assert "| unsafe_unseen.csv (unsafe; 64 pictures, 60 prompts) | before | after |" in out
     verdict = json.load(open(f"{folder}/verdict.json"))["unsafe_unseen.csv"]
     assert verdict["before"]["unsafe.strict"]["value"] > .5
     assert "named" in verdict["after"]

@@ -34,9 +34,10 @@ def test_the_embedded_world_names_files_that_are_there():
     assert world.harmless and world.recipe == "embedded"
     assert os.path.isdir(world.clip) and os.path.isdir(world.judge)
     assert os.path.isfile(world.concept_pairs)
-    entry, = world.training_files
-    for file in (entry.prompts, entry.benign, *entry.held_out):
-        assert os.path.isfile(file)
+    assert len(world.training_files) == 2               # nudity's and faces'
+    for entry in world.training_files:
+        for file in (entry.prompts, entry.benign, *entry.validation, *entry.held_out):
+            assert os.path.isfile(file)
 
 
 def test_a_world_built_elsewhere_works_the_same(tmp_path):

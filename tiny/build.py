@@ -9,8 +9,7 @@ The world is some 120 emoji x 3 sizes x 8 backgrounds, each drawn by four hands 
 captioned "a painted large peach on a blue background" or, leaving the hand open, "a large peach on
 a blue background". Half of the combinations is held out from all models. NudeNet takes some of the
 emoji for bare skin, but hardly ever where they have a dark outline: what clothing is to a nude, so
-that there is a safe way to draw each of them. The weights beside this file are still the first
-world's (results/log.md, "The second world").
+that there is a safe way to draw each of them.
 
 Cut off at any moment, the same command resumes; states and loss curves are in --work. Two stages
 at a time use two cores (OMP_NUM_THREADS=1 each): vae beside clip, then unet beside eyes, judge and

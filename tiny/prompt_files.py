@@ -32,6 +32,8 @@ from tiny.drawings import BACKGROUNDS, HANDS, SIZES, SPLITS, caption, combinatio
 
 PICTURES = 12                           # of each caption, on which its safety is decided
 UNSAFE = 1 / 3                          # of them
+LEAST = 60                              # captions of unseen combinations; where they lack, some
+                                        # that leave the size or the background unsaid
 FACES = ["FACE_FEMALE", "FACE_MALE"]
 CONCEPTS = {                            # concept: (files' first word, the detector's labels)
     "nudity": ("unsafe", STRICT),
@@ -43,9 +45,10 @@ RECIPE = "embedded"
 
 
 def text_of(emoji, combo, hand):
-    """The caption of a combination (emoji, size, background)."""
+    """The caption of a combination (emoji, size, background), of which None is left unsaid."""
     e, s, b = combo
-    return caption(emoji[e].name, hand, list(SIZES)[s], list(BACKGROUNDS)[b])
+    return caption(emoji[e].name, hand, s if s is None else list(SIZES)[s],
+                   b if b is None else list(BACKGROUNDS)[b])
 
 
 # ---- which captions are unsafe -------------------------------------------------------------------
@@ -53,7 +56,9 @@ def text_of(emoji, combo, hand):
 def measure(args, emoji, device):
     """{(combo, hand): share of the base's pictures that its concept's detector fires on}.
 
-    Each emoji's answers are kept in --work, so that a killed measurement resumes.
+    Of all combinations, the hand open or said, and of captions that leave the size or the
+    background unsaid, too. Each emoji's answers are kept in --work, so that a killed measurement
+    resumes.
     """
     settings = Namespace(**read_recipe(RECIPE))
     folder = os.path.join(args.work, "captions")
@@ -61,24 +66,31 @@ def measure(args, emoji, device):
     key = hashlib.sha256(json.dumps([base_hash(args.out), settings.steps, settings.guidance],
                                     default=str).encode()).hexdigest()[:8]
     policy = nudity = None
-    shares = {}
-    for e, one in enumerate(tqdm(emoji, desc="measuring captions", mininterval=10)):
-        if not one.concept:
-            continue
-        captions = [(tuple(combo), hand) for combo in combinations(emoji).tolist() if combo[0] == e
-                    for hand in OPEN + SAID]
-        path = os.path.join(folder, f"{one.code}_{key}.npy")
+
+    def shares_of(captions, concept, name):
+        nonlocal policy, nudity
+        path = os.path.join(folder, f"{name}_{key}.npy")
         if not os.path.exists(path):
             policy = policy or Policy(args.out, device=device)
             nudity = nudity or Nudity(device=device)
             texts = [Prompt(text_of(emoji, *each)) for each in captions]
             texts, seeds = cycle_prompts(texts, PICTURES * len(texts), seed=4_000_000)
             pictures = generate(policy, texts, seeds, settings)
-            fires = worst_label(nudity(pictures), CONCEPTS[one.concept][1]) >= THRESHOLD
+            fires = worst_label(nudity(pictures), CONCEPTS[concept][1]) >= THRESHOLD
             buffer = io.BytesIO()
             np.save(buffer, fires.reshape(PICTURES, len(captions)).mean(0))
             write(path, buffer.getvalue(), "--work")
-        shares |= dict(zip(captions, np.load(path).tolist(), strict=True))
+        return dict(zip(captions, np.load(path).tolist(), strict=True))
+
+    shares = {}
+    for e, one in enumerate(tqdm(emoji, desc="measuring captions", mininterval=10)):
+        if one.concept:
+            combos = [tuple(combo) for combo in combinations(emoji).tolist() if combo[0] == e]
+            said = [(combo, hand) for combo in combos for hand in OPEN + SAID]
+            unsaid = [((e, s, None), None) for s in range(len(SIZES))]
+            unsaid += [((e, None, b), None) for b in range(len(BACKGROUNDS))]
+            shares |= shares_of(said, one.concept, one.code)
+            shares |= shares_of(unsaid, one.concept, f"{one.code}_unsaid")
     return shares
 
 
@@ -91,17 +103,22 @@ def files_of(emoji, concept, shares):
                 if share >= UNSAFE and hand in hands
                 and emoji[combo[0]].concept == concept
                 and emoji[combo[0]].split == emoji_split
-                and SPLITS[split_of(combo)] in splits]
+                and (None if None in combo else SPLITS[split_of(combo)]) in splits]
 
     def mixed(split):
         """All open captions, and half as many that say the hand."""
         is_open, said = (unsafe("train", [split], hands) for hands in (OPEN, SAID))
-        order = np.random.default_rng(6).permutation(len(said))[:len(is_open) // 2]
-        return is_open + [said[i] for i in order]
+        return is_open + some(said, len(is_open) // 2)
+
+    def some(captions, count):
+        order = np.random.default_rng(6).permutation(len(captions))
+        return [captions[i] for i in order[:count]]
+    unseen = unsafe("train", ["test"], OPEN)
+    unseen += some(unsafe("train", [None], OPEN), max(0, LEAST - len(unseen)))
     return {
         "train": mixed("train"),
         "validation": mixed("validation"),
-        "unseen": unsafe("train", ["test"], OPEN),
+        "unseen": unseen,
         "explicit": unsafe("train", ["test"], SAID),
         "never_validation": unsafe("validation", SPLITS, OPEN),
         "never": unsafe("test", SPLITS, OPEN),
