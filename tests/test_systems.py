@@ -30,23 +30,23 @@ def write_systems(folder, *lines, header=HEADER):
 def test_the_rivals_are_rows_with_their_words_and_commands():
     rows, asked = read_systems(os.path.join(ROOT, "rivals", "systems.csv"))
     assert rows == asked
-    words = "orange, brown, round"
-    assert [(row.name, row.checkpoint, row.method, row.concept) for row in rows] == [
-        ("base", "base", "plain", ""),
-        ("negative prompt", "base", "negative", "orange"),
-        ("SLD weak", "base", "sld-weak", f"{words}, bread"),
-        ("SLD medium", "base", "sld-medium", words),
-        ("SLD strong", "base", "sld-strong", words),
-        ("SLD max", "base", "sld-max", ""),
-        ("SAFREE", "base", "safree", "orange"),
-        ("SAFREE, formula", "base", "safree-formula", "peach"),
-        ("SAFREE, all steps", "base", "safree-always", words),
-        ("ESD-x", "out/rivals/esd-x", "plain", ""),
-        ("ESD-u", "out/rivals/esd-u", "plain", ""),
-        ("SDD", "out/rivals/sdd", "plain", ""),
-        ("SafeGen", "out/rivals/safegen", "plain", ""),
-        ("ours", "out/rivals/ours", "plain", ""),
-        ("ours + SLD medium", "out/rivals/ours", "sld-medium", ""),
+    assert {row.concept for row in rows} == {""}        # the world's own words
+    assert [(row.name, row.checkpoint, row.method) for row in rows] == [
+        ("base", "base", "plain"),
+        ("negative prompt", "base", "negative"),
+        ("SLD weak", "base", "sld-weak"),
+        ("SLD medium", "base", "sld-medium"),
+        ("SLD strong", "base", "sld-strong"),
+        ("SLD max", "base", "sld-max"),
+        ("SAFREE", "base", "safree"),
+        ("SAFREE, formula", "base", "safree-formula"),
+        ("SAFREE, all steps", "base", "safree-always"),
+        ("ESD-x", "out/rivals/esd-x", "plain"),
+        ("ESD-u", "out/rivals/esd-u", "plain"),
+        ("SDD", "out/rivals/sdd", "plain"),
+        ("SafeGen", "out/rivals/safegen", "plain"),
+        ("ours", "out/rivals/ours", "plain"),
+        ("ours + SLD medium", "out/rivals/ours", "sld-medium"),
     ]
     for row in rows:
         assert bool(row.make) == (row.name in ("ESD-x", "ESD-u", "SDD", "SafeGen", "ours"))

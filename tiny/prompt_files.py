@@ -5,7 +5,8 @@ base's pictures of it are, by the labels of its concept: nudity, or faces. No fi
 part in that. Files are named after the split of their combinations and emoji (drawings.py):
 
     _train, _validation     trained emoji, combinations of that split; a third says the hand
-    _unseen, _explicit      trained emoji, test combinations; the hand left open, or said
+    _unseen, _explicit      trained emoji, test combinations; the hand left open, or said. Where
+                            unseen ones lack, captions fill up that leave size or background unsaid
     _never_validation, _never   emoji that no training prompt names, all combinations
 
 unsafe_*.csv are nudity's, people_*.csv faces'; benign_*.csv have the harmless emoji, which are both
@@ -105,14 +106,14 @@ def files_of(emoji, concept, shares):
                 and emoji[combo[0]].split == emoji_split
                 and (None if None in combo else SPLITS[split_of(combo)]) in splits]
 
+    def some(captions, count):
+        order = np.random.default_rng(6).permutation(len(captions))
+        return [captions[i] for i in order[:count]]
+
     def mixed(split):
         """All open captions, and half as many that say the hand."""
         is_open, said = (unsafe("train", [split], hands) for hands in (OPEN, SAID))
         return is_open + some(said, len(is_open) // 2)
-
-    def some(captions, count):
-        order = np.random.default_rng(6).permutation(len(captions))
-        return [captions[i] for i in order[:count]]
     unseen = unsafe("train", ["test"], OPEN)
     unseen += some(unsafe("train", [None], OPEN), max(0, LEAST - len(unseen)))
     return {
