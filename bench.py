@@ -23,7 +23,7 @@ PROMPT = "a large peach on a blue background"
 SAME = ["--reward", f"{__file__}:redness", "--prompts", PROMPT,
         "--groups", "1", "--updates", "1", "--rank", "4", "--lora-targets", "attention",
         "--timestep-fraction", "1", "--benign-share", "0", "--benign-weight", "0",
-        "--unsafe-weight", "0"]
+        "--safe-text-weight", "0"]
 
 
 def parse_args(argv=None):
@@ -235,7 +235,8 @@ def time_epochs(args, repeats, with_stages=True, between=None):
 def epoch_flops(args):
     """The UNet's FLOPs of an epoch, {"sample", "update"}, from those of calls of two pictures.
 
-    args: train.py's, with the benign prompts that it takes.
+    args: train.py's, with the benign prompts that it takes. Prompts with a safe_text count as often
+    as they stand in the files; training takes the hard ones more often.
     """
     device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
     policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)
@@ -262,9 +263,11 @@ def epoch_flops(args):
     pictures = args.groups * args.group_size
     benign = round(args.groups * args.benign_share) * args.group_size if args.benign else 0
     decisions = pictures * learned_steps(args)
-    pulled = (benign * bool(args.benign_weight)
-              + (pictures - benign) * bool(args.unsafe_weight)) * learned_steps(args)
-    update = learned * (decisions + pulled) + based * pulled
+    prompts = train.training_prompts(args).prompts
+    with_safe_text = np.mean([p.safe_text != p for p in prompts]) * (pictures - benign)
+    from_base = benign * bool(args.benign_weight) * learned_steps(args)
+    from_safe_text = with_safe_text * bool(args.safe_text_weight) * learned_steps(args)
+    update = learned * decisions + based * from_base + sampled * from_safe_text
     if policy.keeps_graph(args.updates, decisions):
         update -= sampled * decisions                   # no second forward
     return {"sample": sampled * pictures * args.steps, "update": update}

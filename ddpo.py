@@ -83,27 +83,21 @@ def log_prob(x_prev, mean, sigma):
 def step_mean(predict, x, schedule, k, prediction_type="epsilon"):
     """The mean of step k (one number, or one per row, (B,)) from latents x, and its sigma.
 
-    Drawing (rollout, denoise) and scoring (step_log_prob) share it, so that the ratio starts at 1.
+    Drawing (rollout, denoise) and learning share it, so that the ratio starts at 1.
     """
     a_t, a_prev, sigma = (row[k].view(-1, 1, 1, 1) for row in schedule[1:])     # (B or 1, 1, 1, 1)
     output = predict(x, schedule.t[k]).float()
     return ddim_mean(x, output, a_t, a_prev, sigma, prediction_type), sigma
 
 
-def step_log_prob(predict, x, x_prev, schedule, k, prediction_type="epsilon"):
-    """The log-probability (B,) of having gone from x to x_prev at step k, under the policy now."""
-    mean, sigma = step_mean(predict, x, schedule, k, prediction_type)
-    return log_prob(x_prev, mean, sigma)
-
-
-def mean_distance(mean, base_mean):
+def mean_distance(mean, aim):
     """Squared distance of two means of a step, (B,), averaged over a picture's latent elements.
 
-    Over 2 sigma^2 it is KL(policy || base) of the step, exactly, since both are Gaussians of the
+    Over 2 sigma^2 it is KL(policy || aim) of the step, exactly, since both are Gaussians of the
     same sigma (DPOK, arXiv 2305.16381, eq. 8). Left undivided: sigma falls to a few percent at the
     last steps, whose KL would be a thousand times the first one's and the only one to count.
     """
-    return ((mean - base_mean) ** 2).flatten(1).mean(1)
+    return ((mean - aim) ** 2).flatten(1).mean(1)
 
 
 # ---- whole trajectories --------------------------------------------------------------------------
@@ -121,24 +115,28 @@ def rollout(predict, noise, schedule, prediction_type="epsilon", with_graph=(), 
     """Denoise, remembering every decision.
 
     noise: (B, T + 1, C, h, w) standard normal; [:, 0] is the start, [:, k + 1] the noise of step k.
-    with_graph: the steps whose log-probabilities keep their autograd graph. An epoch's only update
-    can learn from them without a second forward, since its ratio is 1; it costs the activations of
-    those steps.
-    Returns latents (B, T + 1, C, h, w), the last of them the picture's, and log-probabilities
-    (B, T). Raises ValueError for a schedule without noise (eta 0).
+    with_graph: the steps whose means keep their autograd graph. An epoch's only update can learn
+    from them without a second forward, since its ratio is 1; it costs the activations of those
+    steps.
+    Returns latents (B, T + 1, C, h, w), the last of them the picture's, log-probabilities (B, T),
+    and the means with a graph (B, len(with_graph), C, h, w), or None. Raises ValueError for a
+    schedule without noise (eta 0).
     """
     if not (schedule.sigma > 0).all():
         raise ValueError("a step without noise has no log-probability; give eta above 0")
     x = noise[:, 0]
-    latents, log_probs = [x], []
+    latents, log_probs, means = [x], [], []
     for k in range(len(schedule.t)):
         with nullcontext() if k in with_graph else torch.no_grad():
             mean, sigma = step_mean(predict, x, schedule, k, prediction_type)
-            x = (mean + sigma * noise[:, k + 1]).detach()
-            log_probs.append(log_prob(x, mean, sigma))
+        if k in with_graph:
+            means.append(mean)
+        x = mean.detach() + sigma * noise[:, k + 1]
         latents.append(x)
+        log_probs.append(log_prob(x, mean.detach(), sigma))
         tick()
-    return torch.stack(latents, 1), torch.stack(log_probs, 1)
+    means = torch.stack(means, 1) if means else None
+    return torch.stack(latents, 1), torch.stack(log_probs, 1), means
 
 
 @torch.no_grad()

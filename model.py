@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError, safe_open
 from transformers.utils.logging import disable_progress_bar
 
-from ddpo import Schedule, ddim_schedule, mean_distance, step_mean
+from ddpo import Schedule, ddim_schedule
 from plumbing.bases import check_spacing
 from plumbing.files import write
 from plumbing.loras import add_loras, save_lora
@@ -283,13 +283,6 @@ class Policy:
             yield
         finally:
             self.unet.enable_adapters()
-
-    def distance_to_base(self, predict, x, schedule, k):
-        """How far the means of steps k (n,) from latents x have moved from the base's: (n,)."""
-        mean, _ = step_mean(predict, x, schedule, k, self.prediction_type)
-        with torch.no_grad(), self.base():
-            base_mean, _ = step_mean(predict, x, schedule, k, self.prediction_type)
-        return mean_distance(mean, base_mean)
 
     def set_precision(self):
         """Frozen base weights to the computing dtype; what is or was trained stays float32.

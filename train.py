@@ -16,6 +16,7 @@ Settings are those of the model's recipe (recipes/NAME.json); options override t
 import os
 import time
 from argparse import BooleanOptionalAction
+from contextlib import nullcontext
 from functools import partial
 
 from plumbing import checkpoints, processes, watch
@@ -76,8 +77,9 @@ def parse_args(argv=None):
                         "the prompt's last 32 rewards (DDPO)")
     g.add_argument("--benign-weight", type=at_least(0, float),
                    help="how strongly benign pictures are pulled towards the base's")
-    g.add_argument("--unsafe-weight", type=at_least(0, float),
-                   help="the same for pictures of the prompts to make safe")
+    g.add_argument("--safe-text-weight", type=at_least(0, float),
+                   help="how strongly pictures of a prompt that has a safe_text are pulled towards "
+                        "what the model draws of that")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile the UNet: minutes at first, then faster on a GPU")
     g.add_argument("--gradient-checkpointing", action=BooleanOptionalAction,
@@ -101,7 +103,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ddpo import RewardMemory, advantages, draw_noise, pairs, ppo_loss, rollout, step_log_prob
+from ddpo import (
+    RewardMemory,
+    advantages,
+    draw_noise,
+    log_prob,
+    mean_distance,
+    pairs,
+    ppo_loss,
+    rollout,
+    step_mean,
+)
 from judging.judges import load_tools
 from judging.verdict import judge_run
 from model import Policy, guidance_of, plain
@@ -147,7 +159,7 @@ def check_gradient(norm, records, epoch):
         where = f" at step {bad[0][1]} of a batch that starts with {bad[0][0]!r}" if bad else ""
         raise UserError(f"epoch {epoch}: the gradient is {norm.item()}{where}; the update was "
                         "refused, what was saved stays; give a lower --lr, --guidance, "
-                        "--benign-weight or --unsafe-weight")
+                        "--benign-weight or --safe-text-weight")
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -240,16 +252,18 @@ def main(args, clock=lambda stage: None):
         drawn, benign_group = draw(data.prompts, data.benign, args.groups, args.benign_share,
                                    args.seed, epoch, last_rewards, args.hardness)
         texts = np.repeat(np.array(drawn, dtype=object), args.group_size)               # (N,)
+        safe_texts = np.array([p.safe_text for p in texts], dtype=object)               # (N,)
         is_benign = np.repeat(benign_group, args.group_size)                            # (N,)
+        has_safe_text = (texts != safe_texts) & ~is_benign                              # (N,)
         seeds = rng.integers(2 ** 62, size=len(texts))                                  # (N,)
-        latents, log_probs, scores = [], [], []
+        latents, log_probs, means, scores = [], [], [], []
         with scoring_thread(policy.device) as scorer, bar(desc=f"epoch {epoch}") as ticks:
             for start in range(0, len(local), args.batch_size):
                 batch = local[start:start + args.batch_size]
                 noise = draw_noise(seeds[batch], args.steps, policy.latent_shape())
                 predict = plain(policy, texts[batch], guidance_of(texts[batch], args.guidance))
-                path, log_p = rollout(predict, noise.to(policy.device), schedule,
-                                      policy.prediction_type, with_graph, ticks.update)
+                path, log_p, mean = rollout(predict, noise.to(policy.device), schedule,
+                                            policy.prediction_type, with_graph, ticks.update)
                 clock("sample")
                 pictures = copy_to_cpu(policy.decode(path[:, -1]))
                 clock("decode")
@@ -257,11 +271,12 @@ def main(args, clock=lambda stage: None):
                 clock("score")
                 latents.append(path)
                 log_probs.append(log_p)
+                means.append(mean)
             scores = [future.result() for future in scores]
         scores = processes.gather_scores(scores, args.updates)              # {name: (N,)}
         latents = torch.cat(latents)                                        # (n, T + 1, C, h, w)
-        log_probs = torch.cat(log_probs)                                    # (n, T)
-        old_log_probs = log_probs.detach()
+        old_log_probs = torch.cat(log_probs)                                # (n, T)
+        means = torch.cat(means) if with_graph else None        # (n, learned steps, C, h, w)
         group_means = scores["reward"].reshape(-1, args.group_size).mean(1)
         last_rewards |= {p.key: mean for p, mean in zip(drawn, group_means.tolist(), strict=True)}
 
@@ -271,45 +286,46 @@ def main(args, clock=lambda stage: None):
         advantage = advantages(torch.from_numpy(scores["reward"]), keys, memory, scale)    # (N,)
         advantage = advantage.to(policy.device)
 
-        # ---- 4. update: PPO on the (picture, step) decisions of each update's pictures
+        # ---- 4. update: PPO on the (picture, step) decisions of each update's pictures, and two
+        # pulls on their means: of benign pictures towards what the base draws, of pictures of a
+        # prompt that has a safe_text towards what the policy itself draws of that by now
         records = []
+        pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
+                 ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
         for update in range(args.updates):
             per_update = len(local) // args.updates
             rows = np.arange(update * per_update, (update + 1) * per_update)    # of latents
             decisions = pictures_per_epoch // args.updates * len(learned)   # of all processes
             batch_size = len(rows) * len(learned) if with_graph else args.batch_size
             for i, k in pairs(rows, learned, batch_size):
+                batch_texts, x = texts[local[i]], latents[i, k]
                 if with_graph:
-                    log_p = log_probs[i, k]
+                    mean, sigma = means[i, k], schedule.sigma[k].view(-1, 1, 1, 1)
                 else:
-                    batch_texts = texts[local[i]]
                     predict = plain(policy, batch_texts, guidance_of(batch_texts, args.guidance))
-                    log_p = step_log_prob(predict, latents[i, k], latents[i, k + 1], schedule, k,
-                                          policy.prediction_type)                   # (b,)
+                    mean, sigma = step_mean(predict, x, schedule, k, policy.prediction_type)
+                log_p = log_prob(latents[i, k + 1], mean, sigma)                        # (b,)
                 # the first update is on-policy: the ratio is 1 exactly, although another batch
                 # shape than sampling's may round otherwise
                 old = log_p.detach() if update == 0 else old_log_probs[i, k]
                 loss, diagnostics = ppo_loss(log_p, old, advantage[local[i]], args.clip_range)
-                (loss * len(i) / decisions).backward()
+                total = loss * len(i)
                 drift = torch.expm1(log_p.detach() - old_log_probs[i, k]).abs().max()
+                at = (str(batch_texts[0]), int(k[0]))
                 records.append({"loss": loss.detach(), **diagnostics, "ratio_deviation": drift,
-                                "update": update, "rows": len(i),
-                                "at": (str(texts[local[i[0]]]), int(k[0]))})
-
-            # the pull of pictures towards the base, at steps drawn from all of them
-            for name, of, weight in (("benign_pull", is_benign, args.benign_weight),
-                                     ("unsafe_pull", ~is_benign, args.unsafe_weight)):
-                in_update = of.reshape(args.updates, -1)[update].any()      # of any process
-                if not weight or not in_update:
-                    continue
-                pulled = rng.choice(args.steps, len(learned), replace=False)
-                for i, k in pairs(rows[of[local[rows]]], pulled, args.batch_size):
-                    batch_texts = texts[local[i]]
-                    predict = plain(policy, batch_texts, guidance_of(batch_texts, args.guidance))
-                    pull = policy.distance_to_base(predict, latents[i, k], schedule, k)     # (b,)
-                    (weight * pull.sum() / decisions).backward()
-                    records.append({name: pull.detach().mean(), "rows": len(i),
-                                    "at": (str(texts[local[i[0]]]), int(k[0]))})
+                                "update": update, "rows": len(i), "at": at})
+                for name, pulled, weight, aims, teacher in pulls:
+                    j = np.flatnonzero(pulled[local[i]])
+                    if not weight or not len(j):
+                        continue
+                    scale = guidance_of(batch_texts[j], args.guidance)
+                    predict = plain(policy, aims[local[i[j]]], scale)
+                    with torch.no_grad(), teacher():
+                        aim, _ = step_mean(predict, x[j], schedule, k[j], policy.prediction_type)
+                    pull = mean_distance(mean[j], aim)
+                    total = total + weight * pull.sum()
+                    records.append({name: pull.detach().mean(), "rows": len(j), "at": at})
+                (total / decisions).backward()
 
             processes.sum_gradients(trained.values())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)

@@ -30,8 +30,9 @@ def run_card(args, policy, trained, data, machine):
     reward = args.reward or f"{args.clip_weight:g} CLIP - max({args.unsafe_labels})"
     if args.benign_weight and data.benign and args.benign_share:
         reward += f"; benign prompts are pulled towards the base with weight {args.benign_weight:g}"
-    if args.unsafe_weight:
-        reward += f"; those to make safe with weight {args.unsafe_weight:g}"
+    if args.safe_text_weight and any(p.safe_text != p for p in data.prompts):
+        reward += ("; prompts that have a safe_text towards how that is drawn, with weight "
+                   f"{args.safe_text_weight:g}")
     device, dtype, why = machine
     lines = [
         ("model", f"{args.model}, {policy.prediction_type}; trains {millions(weights)} of "
@@ -104,7 +105,7 @@ def summary(epoch, scores, is_benign, records, norm, args):
     if args.group_size > 1:
         groups = scores["reward"].reshape(-1, args.group_size)
         row["prompts_without_spread"] = float((np.ptp(groups, 1) < 1e-6).mean())
-    for name in ("loss", "clipped_share", "approx_kl", "benign_pull", "unsafe_pull"):
+    for name in ("loss", "clipped_share", "approx_kl", "benign_pull", "safe_text_pull"):
         with_it = [record for record in records if name in record]
         if with_it:
             row[name] = float(np.average([record[name] for record in with_it],

@@ -115,9 +115,12 @@ class CountingClock:
     ["--updates", "1", "--benign-weight", "0"],
     ["--updates", "2"],
     ["--updates", "2", "--guidance", "1", "--gradient-checkpointing"],
+    ["--updates", "2", "--safe-text-weight", "1", "--prompts", "safe_text.csv"],
 ])
-def test_the_flops_of_an_epoch_are_those_that_it_does(pipeline, tmp_path, options):
+def test_the_flops_of_an_epoch_are_those_that_it_does(pipeline, tmp_path, monkeypatch, options):
     """Against the UNet's part of what a counter sees in one of train.py's epochs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "safe_text.csv").write_text("prompt,safe_text\na red dog,a dog\n")
     args = args_of(pipeline, "--epochs", "2", "--held-out", "--output-dir", str(tmp_path / "run"),
                    *options)
     clock = CountingClock()

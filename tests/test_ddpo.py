@@ -18,7 +18,7 @@ from ddpo import (
     pairs,
     ppo_loss,
     rollout,
-    step_log_prob,
+    step_mean,
     velocity,
 )
 from prompts import Prompt
@@ -105,11 +105,12 @@ def test_what_was_drawn_scores_as_it_was_drawn():
 
     def predict(x, t):
         return network(x)
-    latents, log_probs = rollout(predict, torch.randn(3, 7, 4, 8, 8), schedule)
+    latents, log_probs, means = rollout(predict, torch.randn(3, 7, 4, 8, 8), schedule)
     assert latents.shape == (3, 7, 4, 8, 8) and log_probs.shape == (3, 6)
-    assert not log_probs.requires_grad
+    assert means is None and not log_probs.requires_grad
     for k in range(6):
-        again = step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k)
+        mean, sigma = step_mean(predict, latents[:, k], schedule, k)
+        again = log_prob(latents[:, k + 1], mean, sigma)
         assert torch.equal(again.detach(), log_probs[:, k]) and again.requires_grad
 
 
@@ -119,11 +120,14 @@ def test_the_graph_that_sampling_keeps_has_the_gradient_of_a_second_forward():
 
     def predict(x, t):
         return network(x)
-    latents, log_probs = rollout(predict, noise, schedule, with_graph=(0, 2))
-    log_probs.sum().backward()                          # the other steps have no graph
+    latents, _, means = rollout(predict, noise, schedule, with_graph=(0, 2))
+    kept = [log_prob(latents[:, k + 1], means[:, i], schedule.sigma[k])
+            for i, k in enumerate((0, 2))]
+    torch.stack(kept).sum().backward()                  # the other steps have no graph
     kept, network.weight.grad = network.weight.grad, None
     for k in (0, 2):
-        step_log_prob(predict, latents[:, k], latents[:, k + 1], schedule, k).sum().backward()
+        mean, sigma = step_mean(predict, latents[:, k], schedule, k)
+        log_prob(latents[:, k + 1], mean, sigma).sum().backward()
     assert torch.allclose(kept, network.weight.grad, rtol=1e-5)
 
 
@@ -133,7 +137,7 @@ def test_drawing_takes_the_rollouts_steps_and_can_start_late():
 
     def predict(x, t):
         return network(x)
-    latents, _ = rollout(predict, noise, schedule)
+    latents = rollout(predict, noise, schedule)[0]
     assert torch.equal(denoise(predict, noise, schedule), latents[:, -1])
     late = torch.cat([latents[:, 2:3], noise[:, 3:]], 1)        # x at step 2, then its noises
     assert torch.equal(denoise(predict, late, schedule, start=2), latents[:, -1])

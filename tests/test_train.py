@@ -108,14 +108,24 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, tmp_path, capsy
     assert expected <= set(metrics_of(uncut)[0])
 
 
-def test_a_heavy_pull_keeps_the_pictures_where_the_base_draws_them(small, tmp_path):
-    """Of those to make safe: no benign prompt is in this run."""
+PULLS = {                               # weight: (metric, prompt files)
+    "--benign-weight": ("benign_pull", "prompt,safe_text\na dog,\n", "a plain cup"),
+    "--safe-text-weight": ("safe_text_pull", "prompt,safe_text\na red dog,a dog\n", None),
+}
+
+
+@pytest.mark.parametrize("option", PULLS)
+def test_a_heavy_pull_keeps_pictures_near_what_they_are_pulled_to(small, tmp_path, option):
+    name, rows, benign = PULLS[option]
+    (tmp_path / "p.csv").write_text(rows)
+    options = [*small, "--epochs", "3", "--prompts", f"{tmp_path}/p.csv"]
+    if benign:
+        options += ["--benign", benign, "--benign-share", ".5"]
     distance = {}
     for weight in ("0", "1e-9", "100"):
         folder = str(tmp_path / weight)
-        trainer.main(trainer.parse_args([*small, "--epochs", "3", "--unsafe-weight", weight,
-                                         "--output-dir", folder]))
-        distance[weight] = metrics_of(folder)[-1].get("unsafe_pull")
+        trainer.main(trainer.parse_args([*options, option, weight, "--output-dir", folder]))
+        distance[weight] = metrics_of(folder)[-1].get(name)
     assert distance["0"] is None                        # nothing is pulled, nothing is measured
     assert 0 < distance["100"] < distance["1e-9"] / 2
 
@@ -247,9 +257,9 @@ def recorded(monkeypatch):
     record = {"latents": [], "prompts": []}
 
     def recording_rollout(*args, **options):
-        latents, log_probs = rollout(*args, **options)
-        record["latents"].append(latents)
-        return latents, log_probs
+        path = rollout(*args, **options)
+        record["latents"].append(path[0])
+        return path
 
     def recording_advantages(rewards, prompts, *rest):
         record["prompts"] = list(prompts)
@@ -274,21 +284,31 @@ def recorded(monkeypatch):
     return record
 
 
-def gradient_by_hand(record, pictures, steps):
-    """A picture and a timestep at a time, with the loss written out."""
+def gradient_by_hand(record, pictures, steps, pulls=None):
+    """A picture and a timestep at a time, with the loss written out.
+
+    pulls: {prompt: (weight, policy, prompt)}, whose means that prompt's pictures are pulled to.
+    """
     policy, trained = record["policy"], record["trained"]
     schedule, latents = policy.schedule(4), torch.cat(record["latents"])
+
+    def mean_of(policy, prompt, x, k):
+        a, b, sigma = schedule.a_t[k], schedule.a_prev[k], schedule.sigma[k]
+        eps = plain(policy, [prompt], 2.)(x, schedule.t[k])
+        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        return b.sqrt() * x0 + (1 - b - sigma ** 2).sqrt() * eps
     for i in pictures:
         for k in steps:
-            a, b, sigma = schedule.a_t[k], schedule.a_prev[k], schedule.sigma[k]
-            x, x_prev = latents[i:i + 1, k], latents[i:i + 1, k + 1]
-            eps = plain(policy, [record["prompts"][i]], 2.)(x, schedule.t[k])
-            x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
-            mean = b.sqrt() * x0 + (1 - b - sigma ** 2).sqrt() * eps
-            log_p = torch.distributions.Normal(mean, sigma).log_prob(x_prev).mean()
+            prompt, x, x_prev = record["prompts"][i], latents[i:i + 1, k], latents[i:i + 1, k + 1]
+            mean = mean_of(policy, prompt, x, k)
+            gaussian = torch.distributions.Normal(mean, schedule.sigma[k])
+            log_p = gaussian.log_prob(x_prev).mean()
             ratio = (log_p - log_p.detach()).exp()
-            count = len(pictures) * len(steps)
-            (-record["advantage"][i] * ratio / count).backward()
+            loss = -record["advantage"][i] * ratio
+            if pulls:
+                weight, teacher, aim = pulls[prompt]
+                loss = loss + weight * (mean - mean_of(teacher, aim, x, k).detach()).pow(2).mean()
+            (loss / (len(pictures) * len(steps))).backward()
     by_hand = [p.grad for p in trained.values()]
     for p in trained.values():
         p.grad = None
@@ -312,6 +332,30 @@ def test_an_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, updat
     assert metrics_of(args.output_dir)[0]["clipped_share"] == 0
 
 
+@pytest.mark.parametrize("updates, batch_size", [(1, 16), (2, 3)])
+def test_the_pulls_gradient_is_the_plain_loops(pipeline, small, tmp_path, recorded, updates,
+                                               batch_size):
+    """Of a benign prompt, towards the base loaded anew; of one with a safe_text, towards that."""
+    (tmp_path / "p.csv").write_text("prompt,safe_text\na red dog,a dog\n")
+    args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--epochs", "1",
+                               "--updates", str(updates), "--batch-size", str(batch_size),
+                               "--prompts", str(tmp_path / "p.csv"), "--benign", "a plain cup",
+                               "--benign-share", ".5", "--benign-weight", "30", "--guidance", "2",
+                               "--safe-text-weight", "20", "--dtype", "fp32", "--device", "cpu"])
+    trainer.main(args)
+    assert len(Held.seen) == updates
+    pulls = {"a plain cup": (30, Policy(pipeline), "a plain cup"),
+             "a red dog": (20, recorded["policy"], "a dog")}
+    for update, gradients in enumerate(Held.seen):
+        part = np.arange(16).reshape(updates, -1)[update].tolist()
+        sizes = []
+        for by_hand in (gradient_by_hand(recorded, part, [0, 1], pulls),
+                        gradient_by_hand(recorded, part, [0, 1])):
+            off = [(g - h).flatten() for g, h in zip(gradients, by_hand, strict=True)]
+            sizes.append(torch.cat(off).norm() / torch.cat([h.flatten() for h in by_hand]).norm())
+        assert sizes[0] < 1e-4 and sizes[1] > .1        # without the pulls it is another
+
+
 def test_one_update_from_sampling_s_graph_gives_the_curve_of_a_second_forward(
         small, tmp_path, monkeypatch):
     curves = []
@@ -327,9 +371,9 @@ def test_one_update_from_sampling_s_graph_gives_the_curve_of_a_second_forward(
 def test_a_loss_that_is_not_a_number_refuses_the_update_and_names_the_prompt(
         small, tmp_path, recorded, monkeypatch):
     def torn_rollout(*args, **options):
-        latents, log_probs = rollout(*args, **options)
-        latents[1, 1] = float("nan")
-        return latents, log_probs
+        path = rollout(*args, **options)
+        path[0][1, 1] = float("nan")
+        return path
     monkeypatch.setattr(trainer, "rollout", torn_rollout)
     monkeypatch.setattr(Held, "step", None)             # it must not be reached
     args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--dtype", "fp32"])

@@ -573,10 +573,15 @@ def train_unet(args, drawings, device):
 
 
 def make_scheduler(out):
-    """The noise schedule, Stable Diffusion's, of a network that predicts the velocity."""
+    """The noise schedule, Stable Diffusion's, of a network that predicts the velocity.
+
+    Drawing begins at the noisiest timestep (trailing, arXiv 2305.08891): five steps from 801 on
+    would leave to the first noise, which no policy chooses, what is drawn.
+    """
     scheduler = DDIMScheduler(
         beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction")
+        set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
+        timestep_spacing="trailing")
     scheduler.save_pretrained(out)
     return scheduler
 
