@@ -334,17 +334,20 @@ def prompt_table(prompts, category=None):
 
 # ---- drawing -------------------------------------------------------------------------------------
 
-def draw(prompts, benign, groups, benign_share, seed, epoch, last_rewards=None, hardness=0.):
-    """The prompts of one epoch (1, 2, ...): `groups` of them, and which are benign, (groups,) bool.
+def draw(prompts, benign, groups, group_size, benign_share, seed, epoch, last_rewards=None,
+         hardness=0.):
+    """The prompts of an epoch's (1, 2, ...) pictures (N,), and which are benign, (N,) bool.
 
-    About benign_share of them are benign; these come last. Each list is walked in a random order,
-    over the epochs: no prompt comes twice before all came once. From then on, where hardness is
-    above 0, those to make safe are drawn, without putting back, with chances exp(-hardness z), z
-    the mean reward of a prompt's last pictures (last_rewards: {Prompt.key: mean}) in standard
-    deviations above that of all prompts: what is still unsafe comes more often.
+    First prompts to make safe, group_size times each, to be compared; then, for about benign_share
+    of the `groups`, benign ones, which nothing is compared with: once each, so that many are seen.
+    Each list is walked in a random order, over the epochs: no prompt comes anew before all came.
+    From then on, where hardness is above 0, those to make safe are drawn, without putting back,
+    with chances exp(-hardness z), z the mean reward of a prompt's last pictures (last_rewards:
+    {Prompt.key: mean}) in standard deviations above that of all prompts: what is still unsafe comes
+    more often.
     """
-    benign_count = round(groups * benign_share) if benign else 0
-    count = groups - benign_count
+    benign_groups = round(groups * benign_share) if benign else 0
+    count = groups - benign_groups
     keys = [getattr(prompt, "key", prompt) for prompt in prompts]
     if hardness and all(key in last_rewards for key in keys):
         rewards = np.array([last_rewards[key] for key in keys])
@@ -355,8 +358,9 @@ def draw(prompts, benign, groups, benign_share, seed, epoch, last_rewards=None, 
         drawn = [prompts[i] for i in np.resize(order, count)]
     else:
         drawn = walk(prompts, count, seed, epoch)
-    is_benign = np.arange(groups) >= count
-    return drawn + walk(benign, benign_count, seed, epoch), is_benign
+    compared = [prompt for prompt in drawn for _ in range(group_size)]
+    texts = np.array(compared + walk(benign, benign_groups * group_size, seed, epoch), dtype=object)
+    return texts, np.arange(len(texts)) >= len(compared)
 
 
 def walk(prompts, count, seed, epoch):

@@ -59,7 +59,7 @@ def parse_args(argv=None):
                    help="how strongly prompts are preferred whose last rewards were low; 0: all "
                         "come equally often")
     g.add_argument("--benign-share", type=share_below_1,
-                   help="share of an epoch's prompts that are benign")
+                   help="share of an epoch's pictures that are of benign prompts, each another")
     g = p.add_argument_group("learning")
     g.add_argument("--epochs", type=at_least(1), help="epochs in all")
     g.add_argument("--lr", type=positive, help="learning rate of AdamW")
@@ -249,11 +249,10 @@ def main(args, clock=lambda stage: None):
             group["lr"] = args.lr * (1 - (epoch - 1) / args.epochs if falling else 1)
 
         # ---- 1. sample, 2. score: each prompt group_size times, remembering every decision
-        drawn, benign_group = draw(data.prompts, data.benign, args.groups, args.benign_share,
-                                   args.seed, epoch, last_rewards, args.hardness)
-        texts = np.repeat(np.array(drawn, dtype=object), args.group_size)               # (N,)
+        texts, is_benign = draw(data.prompts, data.benign, args.groups, args.group_size,
+                                args.benign_share, args.seed, epoch, last_rewards,
+                                args.hardness)                                          # (N,)
         safe_texts = np.array([p.safe_text for p in texts], dtype=object)               # (N,)
-        is_benign = np.repeat(benign_group, args.group_size)                            # (N,)
         has_safe_text = (texts != safe_texts) & ~is_benign                              # (N,)
         seeds = rng.integers(2 ** 62, size=len(texts))                                  # (N,)
         latents, log_probs, means, scores = [], [], [], []
@@ -277,13 +276,15 @@ def main(args, clock=lambda stage: None):
         latents = torch.cat(latents)                                        # (n, T + 1, C, h, w)
         old_log_probs = torch.cat(log_probs)                                # (n, T)
         means = torch.cat(means) if with_graph else None        # (n, learned steps, C, h, w)
-        group_means = scores["reward"].reshape(-1, args.group_size).mean(1)
-        last_rewards |= {p.key: mean for p, mean in zip(drawn, group_means.tolist(), strict=True)}
+        group_means = scores["reward"][~is_benign].reshape(-1, args.group_size).mean(1).tolist()
+        groups = texts[~is_benign][::args.group_size]
+        last_rewards |= {p.key: mean for p, mean in zip(groups, group_means, strict=True)}
 
-        # ---- 3. compare: each picture with its prompt's others
+        # ---- 3. compare: each picture with its prompt's others; benign ones are not rewarded
         scale = "batch" if args.advantage == "batch" else "prompt"
         keys = [prompt.key for prompt in texts]
         advantage = advantages(torch.from_numpy(scores["reward"]), keys, memory, scale)    # (N,)
+        advantage[torch.from_numpy(is_benign)] = 0
         advantage = advantage.to(policy.device)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's pictures, and two

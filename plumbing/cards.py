@@ -23,6 +23,10 @@ def run_card(args, policy, trained, data, machine):
     data: prompts.TrainingPrompts; machine: (device, dtype name, reason).
     """
     pictures = args.groups * args.group_size
+    benign = round(args.groups * args.benign_share) if data.benign else 0
+    drawn = f"{args.groups - benign} prompts x {args.group_size}"
+    if benign:
+        drawn += f" + {benign * args.group_size} benign prompts"
     rows = pictures * (1 if args.guidance == 1 else 2)  # guidance needs two predictions
     learned = learned_steps(args)
     total = sum(p.numel() for p in policy.unet.parameters())
@@ -44,8 +48,8 @@ def run_card(args, policy, trained, data, machine):
         ("watched", watched_line(args, data)),
         ("judged on", ", ".join(data.held_out) or "nothing (--held-out says on what)"),
         ("reward", reward),
-        ("an epoch", f"{args.groups} prompts x {args.group_size} = {pictures} pictures of "
-                     f"{args.steps} steps, {args.updates} updates"),
+        ("an epoch", f"{drawn} = {pictures} pictures of {args.steps} steps, "
+                     f"{args.updates} updates"),
         ("UNet calls", f"{rows * args.steps} of one latent to sample, {rows * learned} with "
                        "backward to learn, per epoch"),
     ]
@@ -103,7 +107,7 @@ def summary(epoch, scores, is_benign, records, norm, args):
                 for name, values in scores.items()}
     row["reward_std"] = float(scores["reward"].std())
     if args.group_size > 1:
-        groups = scores["reward"].reshape(-1, args.group_size)
+        groups = scores["reward"][~is_benign].reshape(-1, args.group_size)
         row["prompts_without_spread"] = float((np.ptp(groups, 1) < 1e-6).mean())
     for name in ("loss", "clipped_share", "approx_kl", "benign_pull", "safe_text_pull"):
         with_it = [record for record in records if name in record]

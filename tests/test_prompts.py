@@ -308,28 +308,36 @@ def test_prompts_are_written_as_they_are_read(tmp_path):
 # ---- drawing -------------------------------------------------------------------------------------
 
 def test_drawing_shows_every_prompt_before_any_comes_twice():
-    drawn, is_benign = draw(list("abcd"), list("xy"), 8, .25, 0, 1)
+    drawn, is_benign = draw(list("abcd"), list("xy"), 8, 1, .25, 0, 1)
     assert sorted(drawn[:4]) == list("abcd") and len(drawn) == 8 and sorted(drawn[6:]) == ["x", "y"]
     assert is_benign.tolist() == [False] * 6 + [True] * 2
 
 
+def test_prompts_to_make_safe_come_in_groups_and_benign_ones_once_each():
+    drawn, is_benign = draw(list("abcd"), list("uvwxyz"), 4, 3, .5, 0, 1)
+    assert drawn[:3].tolist() == [drawn[0]] * 3 and drawn[3:6].tolist() == [drawn[3]] * 3
+    assert drawn[0] != drawn[3] and sorted(drawn[6:]) == list("uvwxyz")
+    assert is_benign.tolist() == [False] * 6 + [True] * 6
+
+
 def test_drawing_walks_on_from_epoch_to_epoch_and_needs_no_memory_of_the_past():
-    epochs = [draw(list("abcde"), [], 2, 0, 3, epoch)[0] for epoch in range(1, 6)]
+    epochs = [draw(list("abcde"), [], 2, 1, 0, 3, epoch)[0].tolist() for epoch in range(1, 6)]
     walked = sum(epochs, [])
     assert sorted(walked[:5]) == sorted(walked[5:]) == list("abcde") and walked[:5] != walked[5:]
-    assert draw(list("abcde"), [], 2, 0, 3, 4)[0] == epochs[3]
+    assert draw(list("abcde"), [], 2, 1, 0, 3, 4)[0].tolist() == epochs[3]
 
 
 def test_once_all_were_seen_a_prompt_with_low_rewards_comes_more_often():
     """Rewards 0, 1, 1, 1: in deviations from the mean -1.73 and .58 three times, so that with
     hardness .5 the first's chance is e^.866 / (e^.866 + 3 e^-.289) = .514."""
     last, prompts = {"a": 0., "b": 1., "c": 1., "d": 1.}, list("abcd")
-    drawn = [draw(prompts, [], 1, 0, 0, epoch, last, .5)[0][0] for epoch in range(4000)]
+    drawn = [draw(prompts, [], 1, 1, 0, 0, epoch, last, .5)[0][0] for epoch in range(4000)]
     assert drawn.count("a") / 4000 == pytest.approx(.514, abs=.025)
-    assert sorted(draw(prompts, [], 4, 0, 0, 7, last, 50.)[0]) == prompts       # none twice
-    assert draw(prompts, ["x"], 2, .5, 0, 7, last, 50.)[0] == ["a", "x"]
+    assert sorted(draw(prompts, [], 4, 1, 0, 0, 7, last, 50.)[0]) == prompts       # none twice
+    assert draw(prompts, ["x"], 2, 1, .5, 0, 7, last, 50.)[0].tolist() == ["a", "x"]
     del last["d"]
-    assert draw(prompts, [], 2, 0, 0, 1, last, .5)[0] == draw(prompts, [], 2, 0, 0, 1)[0]
+    first = [draw(prompts, [], 2, 1, 0, 0, 1, *rest)[0].tolist() for rest in ((last, .5), ())]
+    assert first[0] == first[1]
 
 
 def test_a_prompts_own_seed_is_used_the_first_time():

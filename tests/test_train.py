@@ -284,6 +284,9 @@ def recorded(monkeypatch):
     return record
 
 
+BENIGN = "a plain cup"                  # is pulled, and not rewarded
+
+
 def gradient_by_hand(record, pictures, steps, pulls=None):
     """A picture and a timestep at a time, with the loss written out.
 
@@ -304,7 +307,7 @@ def gradient_by_hand(record, pictures, steps, pulls=None):
             gaussian = torch.distributions.Normal(mean, schedule.sigma[k])
             log_p = gaussian.log_prob(x_prev).mean()
             ratio = (log_p - log_p.detach()).exp()
-            loss = -record["advantage"][i] * ratio
+            loss = -record["advantage"][i] * ratio * (prompt != BENIGN)
             if pulls:
                 weight, teacher, aim = pulls[prompt]
                 loss = loss + weight * (mean - mean_of(teacher, aim, x, k).detach()).pow(2).mean()
@@ -339,12 +342,12 @@ def test_the_pulls_gradient_is_the_plain_loops(pipeline, small, tmp_path, record
     (tmp_path / "p.csv").write_text("prompt,safe_text\na red dog,a dog\n")
     args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--epochs", "1",
                                "--updates", str(updates), "--batch-size", str(batch_size),
-                               "--prompts", str(tmp_path / "p.csv"), "--benign", "a plain cup",
+                               "--prompts", str(tmp_path / "p.csv"), "--benign", BENIGN,
                                "--benign-share", ".5", "--benign-weight", "30", "--guidance", "2",
                                "--safe-text-weight", "20", "--dtype", "fp32", "--device", "cpu"])
     trainer.main(args)
     assert len(Held.seen) == updates
-    pulls = {"a plain cup": (30, Policy(pipeline), "a plain cup"),
+    pulls = {BENIGN: (30, Policy(pipeline), BENIGN),
              "a red dog": (20, recorded["policy"], "a dog")}
     for update, gradients in enumerate(Held.seen):
         part = np.arange(16).reshape(updates, -1)[update].tolist()
