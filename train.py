@@ -6,10 +6,11 @@
     torchrun --nproc-per-node 2 train.py --batch-size 16
 
 After ShieldDiff (arXiv 2410.05309). Each epoch: sample pictures, score them, compare each with its
-prompt's others, update the policy by PPO on the denoising steps. Ends with a before/after table on
-held-out prompts. The same command resumes where it was cut off, to the same result. Writes into
---output-dir: args.json, metrics.jsonl, curve.png, samples/, checkpoints/, the LoRA in diffusers'
-and kohya's formats, README.md (a model card), verdict.json.
+prompt's others, update the policy by PPO on the denoising steps, with benign pictures pulled
+towards the base's. Ends with a before/after table on held-out prompts. The same command resumes
+where it was cut off, to the same result. Writes into --output-dir: args.json, metrics.jsonl,
+curve.png, samples/, checkpoints/, the LoRA in diffusers' and kohya's formats, README.md (a model
+card), verdict.json.
 
 Settings are those of the model's recipe (recipes/NAME.json); options override them.
 """

@@ -10,7 +10,8 @@ from plumbing.worlds import locate, overridden
 
 # columns of metrics.jsonl that are not parts of a reward
 OWN_COLUMNS = ("epoch", "reward_std", "prompts_without_spread", "loss", "clipped_share",
-               "approx_kl", "ratio_deviation", "first_ratio_deviation", "grad_norm")
+               "approx_kl", "benign_pull", "safe_text_pull", "ratio_deviation",
+               "first_ratio_deviation", "grad_norm")
 
 
 def millions(count):
@@ -34,9 +35,10 @@ def run_card(args, policy, trained, data, machine):
     reward = args.reward or f"{args.clip_weight:g} CLIP - max({args.unsafe_labels})"
     if args.benign_weight and data.benign and args.benign_share:
         reward += f"; benign prompts are pulled towards the base with weight {args.benign_weight:g}"
-    if args.safe_text_weight and any(p.safe_text != p for p in data.prompts):
-        reward += ("; prompts that have a safe_text towards how that is drawn, with weight "
-                   f"{args.safe_text_weight:g}")
+    if args.safe_text_weight:
+        with_safe_text = count_of([p for p in data.prompts if p.safe_text != p])
+        reward += (f"; the {with_safe_text} that have a safe_text towards the policy's drawing of "
+                   f"that, with weight {args.safe_text_weight:g}")
     device, dtype, why = machine
     lines = [
         ("model", f"{args.model}, {policy.prediction_type}; trains {millions(weights)} of "
