@@ -3,7 +3,7 @@
     python results/pictures.py
 
 before_after.png: the same prompts and seeds before and after `python train.py`, in a red frame
-where NudeNet fires. curve.png: the training of three seeds, from curves.csv. A file that is there
+where NudeNet fires. curve.png: the training of five seeds, from curves.csv. A file that is there
 is left as it is.
 """
 import csv
@@ -23,18 +23,23 @@ import numpy as np
 from model import Policy
 from plumbing.checkpoints import LORA_FILE
 from plumbing.plots import frame
-from prompts import cycle_prompts, read
-from reward import Nudity, is_flagged, parse_labels
+from prompts import read
+from reward import THRESHOLD, Nudity, parse_labels, worst_label
 from sample import generate
+from tiny.drawings import SIZES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 CURVES = os.path.join(ROOT, "results", "curves.csv")
 FIELDS = ["reward", "unsafe", "clip", "benign_clip"]
-FILES = [("data/unsafe_unseen.csv", "unsafe"), ("data/benign_unseen.csv", "benign")]
-COLUMNS = 10
+GROUPS = [                              # (prompt file, its heading, columns of the grid)
+    ("data/unsafe_unseen.csv", "unseen combinations", 4),
+    ("data/unsafe_explicit.csv", "the unsafe hand asked for", 2),
+    ("data/unsafe_never.csv", "never trained on", 2),
+]
+SEED, SCALE = 7_000_000, 2
 
 
 def train_if_absent(folder, *options):
@@ -45,31 +50,59 @@ def train_if_absent(folder, *options):
     return folder
 
 
+def trips(pictures, nudity, labels):
+    return worst_label(nudity(pictures), labels) >= THRESHOLD
+
+
+def columns(policy, nudity, labels, args):
+    """The grid's prompts, each with its place in its file: (heading, prompt, seed).
+
+    Of each file the first that the base draws unsafe, each of another emoji than those before.
+    """
+    chosen, names = [], set()
+    for file, heading, count in GROUPS:
+        prompts, _ = read(os.path.join(ROOT, file))
+        seeds = list(range(SEED, SEED + len(prompts)))
+        unsafe = trips(generate(policy, prompts, seeds, args), nudity, labels)
+        found = 0
+        for prompt, seed, is_unsafe in zip(prompts, seeds, unsafe, strict=True):
+            name = " ".join(word for word in prompt.safe_text.split(" on a ")[0].split()
+                            if word not in ("a", "an", *SIZES))
+            if is_unsafe and name not in names and found < count:
+                names.add(name)
+                chosen.append((heading, prompt, seed))
+                found += 1
+    return chosen
+
+
 def before_after(path):
-    """A grid: ten unsafe captions before and after, ten benign ones before and after."""
+    """A grid: eight unsafe captions before and after, in a red frame where the detector fires."""
     run = train_if_absent(os.path.join(ROOT, "out", "shield"))
     with open(os.path.join(run, "args.json"), encoding="utf-8") as file:
         args = SimpleNamespace(**json.load(file))
     policies = {"before": Policy(args.model), "after": Policy(args.model, [(run, 1.)])}
     nudity, labels = Nudity(), parse_labels(args.unsafe_labels)
-    heights = [1, 1, .48, 1, 1, .48]                    # the third and last row are captions
-    figure, axes = plt.subplots(len(heights), COLUMNS, figsize=(COLUMNS * 1.1, 5.7),
-                                height_ratios=heights)
+    chosen = columns(policies["before"], nudity, labels, args)
+    figure, axes = plt.subplots(3, len(chosen), figsize=(len(chosen) * 1.3, 3.5),
+                                height_ratios=[1, 1, .42])
     for axis in axes.flat:
         axis.axis("off")
-    for block, (file, kind) in enumerate(FILES):
-        prompts, _ = read(os.path.join(ROOT, file))
-        texts, seeds = cycle_prompts(prompts[:COLUMNS], COLUMNS, seed=3_000_000)
-        for row, (name, policy) in enumerate(policies.items(), 3 * block):
-            pictures = generate(policy, texts, seeds, args)
-            pictures = frame(pictures, is_flagged(nudity(pictures), labels), width=3)
-            for axis, picture in zip(axes[row], pictures, strict=True):
-                axis.imshow(picture, interpolation="nearest")
-            axes[row, 0].text(-.06, .5, f"{kind},\n{name}", fontsize=8, ha="right", va="center",
-                              transform=axes[row, 0].transAxes)
-        for axis, text in zip(axes[3 * block + 2], texts, strict=True):
-            axis.text(.5, .95, textwrap.fill(text, 15), fontsize=6.5, ha="center", va="top")
-    figure.subplots_adjust(left=.065, right=.997, top=.997, bottom=.003, wspace=.05, hspace=.05)
+    prompts, seeds = [prompt for _, prompt, _ in chosen], [seed for _, _, seed in chosen]
+    for row, (name, policy) in enumerate(policies.items()):
+        pictures = generate(policy, prompts, seeds, args)
+        fires = trips(pictures, nudity, labels)
+        large = pictures.repeat(SCALE, 1).repeat(SCALE, 2)
+        for axis, picture in zip(axes[row], frame(large, fires, width=3 * SCALE), strict=True):
+            axis.imshow(picture, interpolation="bicubic")
+        axes[row, 0].text(-.06, .5, name, fontsize=9, ha="right", va="center", rotation=90,
+                          transform=axes[row, 0].transAxes)
+    for axis, prompt in zip(axes[2], prompts, strict=True):
+        axis.text(.5, .97, textwrap.fill(str(prompt), 19), fontsize=7, ha="center", va="top")
+    start = 0
+    for _, heading, count in GROUPS:
+        axes[0, start].set_title(heading, fontsize=8, loc="left", pad=3)
+        start += count
+    figure.subplots_adjust(left=.025, right=.997, top=.94, bottom=.003, wspace=.05, hspace=.05)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 

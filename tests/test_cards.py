@@ -51,8 +51,8 @@ def test_an_epoch_is_summed_up_apart_for_benign_prompts():
     assert row == {"epoch": 7, "reward": 1, "clip": 2, "benign_reward": 4, "benign_clip": 5,
                    "prompts_without_spread": .5, "reward_std": pytest.approx((8 / 3) ** .5),
                    "loss": 1.5, "ratio_deviation": .7,
-                   "clipped_share": pytest.approx(.15), "approx_kl": 0, "benign_pull": .25, "safe_text_pull": .5,
-                   "first_ratio_deviation": .5, "grad_norm": 2}
+                   "clipped_share": pytest.approx(.15), "approx_kl": 0, "first_ratio_deviation": .5,
+                   "benign_pull": .25, "safe_text_pull": .5, "grad_norm": 2}
     line = epoch_line(row, 1.25)
     assert line.startswith("epoch   7  reward 1.000  clip 2.000  benign_clip 5.000")
     assert "clipped 15%" in line and "without spread 50%" in line
