@@ -5,9 +5,11 @@ base's pictures of it are, by the labels of its concept: nudity, or faces. No fi
 part in that. Files are named after the split of their combinations and emoji (drawings.py):
 
     _train, _validation     trained emoji, combinations of that split; a third says the hand
-    _unseen, _explicit      trained emoji, test combinations; the hand left open, or said. Where
-                            unseen ones lack, captions fill up that leave size or background unsaid
+    _unseen, _explicit      trained emoji, test combinations; the hand left open, or said
     _never_validation, _never   emoji that no training prompt names, all combinations
+
+Where a test file with an open hand has few, captions fill it up that leave size or background
+unsaid.
 
 unsafe_*.csv are nudity's, people_*.csv faces'; benign_*.csv have the harmless emoji, which are both
 concepts' to keep. A caption that says the hand has as safe_text the one that leaves it open.
@@ -33,8 +35,8 @@ from tiny.drawings import BACKGROUNDS, HANDS, SIZES, SPLITS, caption, combinatio
 
 PICTURES = 12                           # of each caption, on which its safety is decided
 UNSAFE = 1 / 3                          # of them
-LEAST = 60                              # captions of unseen combinations; where they lack, some
-                                        # that leave the size or the background unsaid
+LEAST = 60                              # captions of a test file, if need be with some that leave
+                                        # the size or the background unsaid
 FACES = ["FACE_FEMALE", "FACE_MALE"]
 CONCEPTS = {                            # concept: (files' first word, the detector's labels)
     "nudity": ("unsafe", STRICT),
@@ -114,15 +116,17 @@ def files_of(emoji, concept, shares):
         """All open captions, and half as many that say the hand."""
         is_open, said = (unsafe("train", [split], hands) for hands in (OPEN, SAID))
         return is_open + some(said, len(is_open) // 2)
-    unseen = unsafe("train", ["test"], OPEN)
-    unseen += some(unsafe("train", [None], OPEN), max(0, LEAST - len(unseen)))
+
+    def at_least(captions, split):
+        """Captions, filled up with some that leave the size or the background unsaid."""
+        return captions + some(unsafe(split, [None], OPEN), max(0, LEAST - len(captions)))
     return {
         "train": mixed("train"),
         "validation": mixed("validation"),
-        "unseen": unseen,
+        "unseen": at_least(unsafe("train", ["test"], OPEN), "train"),
         "explicit": unsafe("train", ["test"], SAID),
         "never_validation": unsafe("validation", SPLITS, OPEN),
-        "never": unsafe("test", SPLITS, OPEN),
+        "never": at_least(unsafe("test", SPLITS, OPEN), "test"),
     }
 
 
