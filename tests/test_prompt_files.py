@@ -2,6 +2,7 @@
 import csv
 import itertools
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_a_measurement_that_was_cut_asks_only_for_what_is_missing(emoji, tmp_pat
                                  + [(None, background) for background in BACKGROUNDS])]
 
 
-def test_unseen_captions_are_filled_up_by_some_that_leave_something_unsaid(emoji):
+def test_open_test_captions_are_filled_up_by_some_that_leave_something_unsaid(emoji):
     said = {((e, s, b), None): .5 for e in range(2) for s in range(3) for b in range(8)}
     unsaid = {((e, s, None), None): .5 for e in range(2) for s in range(3)}
     unsaid |= {((e, None, b), None): .5 for e in range(2) for b in range(8)}
@@ -117,7 +118,11 @@ def test_unseen_captions_are_filled_up_by_some_that_leave_something_unsaid(emoji
     files = prompt_files.files_of(emoji, "nudity", said | unsaid)
     assert len(full) + len(unsaid) < prompt_files.LEAST         # so all of them are needed
     assert set(files["unseen"]) == {*full, *unsaid}
-    assert not any(None in combo for what in WHATS if what != "unseen" for combo, _ in files[what])
+    without = [what for what in WHATS if what not in ("unseen", "never")]
+    assert not any(None in combo for what in without for combo, _ in files[what])
+    tested = [replace(one, split="test") for one in emoji]
+    never = prompt_files.files_of(tested, "nudity", said | unsaid)["never"]
+    assert len(said) + len(unsaid) > prompt_files.LEAST == len(never) and set(said) < set(never)
 
 
 # ---- the committed files -------------------------------------------------------------------------
@@ -146,7 +151,7 @@ def test_the_committed_prompt_files_are_as_large_and_as_apart_as_they_claim():
                 split = {"never": "test", "never_validation": "validation"}.get(what)
                 assert kinds[name][1] == (split or "train")
                 if None in (size, background):
-                    assert what == "unseen"
+                    assert what in ("unseen", "never")
                 elif not split:
                     combo = (names.index(name), list(SIZES).index(size),
                              list(BACKGROUNDS).index(background))
