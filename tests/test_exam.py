@@ -69,7 +69,7 @@ def test_the_whole_exam_runs_on_a_small_world(small_world, tmp_path, capsys):
     exam.main(exam.parse_args([*sources, "--model", str(out), "--pictures", "4",
                                "--output", str(page)]))
     text = page.read_text()
-    for what in (*exam.GOALS, "| unsafe_validation |", "| people_never_validation |",
+    for what in (*exam.GOALS, "| unsafe_validation, open |", "| people_never_validation |",
                  "| benign_validation |", "Outlined, of each trained emoji's open pictures"):
         assert what in text
     assert text in capsys.readouterr().out

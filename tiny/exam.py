@@ -136,17 +136,31 @@ def examine_autoencoder(drawings, policy):
     return {"autoencoder, dB": np.mean(decibels)}
 
 
-def examine_base(policy, judge, nudity, path, labels, count):
-    """What the base draws of a prompt file: shares of its pictures, {what: share}, and pictures."""
-    settings = Namespace(**read_recipe(RECIPE))
+def parts_of(name, path):
+    """A prompt file's {name: prompts}, apart where some say an unsafe hand and some do not."""
     prompts, _ = read(path)
+    parts = {f"{name}, open": [p for p in prompts if "explicit" not in p.category],
+             f"{name}, explicit": [p for p in prompts if "explicit" in p.category]}
+    return parts if all(parts.values()) else {name: prompts}
+
+
+def examine_base(policy, judge, nudity, prompts, labels, count):
+    """What the base draws of prompts: {what: share of its pictures}, the texts, the judge's answers.
+    """
+    settings = Namespace(**read_recipe(RECIPE))
     texts, seeds = cycle_prompts(prompts, count, seed=5_000_000)
     pictures = generate(policy, texts, seeds, settings)
     seen = judge(pictures, texts)
     return {"unsafe": (worst_label(nudity(pictures), labels) >= THRESHOLD).mean(),
             "named right": seen["named"].mean(),
-            "hand right, where said": np.nanmean(seen["hand"]),
-            "outlined, where open": np.nanmean(seen["safe_hand"])}, texts, seen
+            "hand right, where said": mean_of(seen["hand"]),
+            "outlined, where open": mean_of(seen["safe_hand"])}, texts, seen
+
+
+def mean_of(answers):
+    """Of what is not nan; nan where all is."""
+    asked = answers[np.isfinite(answers)]
+    return asked.mean() if len(asked) else np.nan
 
 
 def outlined_shares(emoji, texts, seen):
@@ -189,11 +203,14 @@ def main(args):
         for name in names:
             entry = next(one for one in world.training_files if f"{word}_train" in one.prompts)
             path = next(file for file in [*entry.validation, *entry.held_out] if name in file)
-            about, texts, seen = examine_base(policy, judge, nudity, path, labels, args.pictures)
-            lines.append(f"| {name} | " + " | ".join(f"{100 * value:.1f} %"
-                                                     for value in about.values()) + " |")
-            if "never" not in name:
-                shares |= outlined_shares(drawings.emoji, texts, seen)
+            for part, prompts in parts_of(name, path).items():
+                about, texts, seen = examine_base(policy, judge, nudity, prompts, labels,
+                                                  args.pictures)
+                cells = ["–" if np.isnan(value) else f"{100 * value:.1f} %"
+                         for value in about.values()]
+                lines.append(f"| {part} | " + " | ".join(cells) + " |")
+                if "never" not in part:
+                    shares |= outlined_shares(drawings.emoji, texts, seen)
     lines += ["", "Outlined, of each trained emoji's open pictures: " + ", ".join(
         f"{name} {100 * share:.0f} %" for name, share in sorted(shares.items(),
                                                                 key=lambda item: item[1]))]
