@@ -145,8 +145,7 @@ def parts_of(name, path):
 
 
 def examine_base(policy, judge, nudity, prompts, labels, count):
-    """What the base draws of prompts: {what: share of its pictures}, the texts, the judge's answers.
-    """
+    """What the base draws: {what: share of the pictures}, their prompts, the judge's answers."""
     settings = Namespace(**read_recipe(RECIPE))
     texts, seeds = cycle_prompts(prompts, count, seed=5_000_000)
     pictures = generate(policy, texts, seeds, settings)
