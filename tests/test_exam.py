@@ -4,7 +4,7 @@ import pytest
 from icons import write_emoji, write_icons
 
 from tiny import exam
-from tiny.drawings import Drawings, caption
+from tiny.drawings import BACKGROUNDS, SIZES, Drawings, caption
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,12 @@ def test_clip_is_right_where_the_right_caption_agrees_most(drawings):
 
         def agreement(self, seen, texts):
             shown = [names[e] for e in (0, 1, 1, 3)]
-            return np.array([float(text in (caption(name), caption(name, "outlined")))
+            size, background = next(iter(SIZES)), next(iter(BACKGROUNDS))       # of these scenes
+            return np.array([float(text in (caption(name), caption(name, None, size, background),
+                                            caption(name, "outlined", size, background)))
                              for name, text in zip(shown, texts, strict=True)])
     found = exam.examine_clip(drawings, Clip(), scenes, np.zeros((4, 8, 8, 3), np.uint8))
-    assert found == {"CLIP: emoji": .75, "CLIP: hand": .25}
+    assert found == {"CLIP: emoji": .75, "CLIP: emoji, by its name alone": .75, "CLIP: hand": .25}
 
 
 def test_the_autoencoder_s_decibels_are_those_of_the_mean_square_error(drawings):

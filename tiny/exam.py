@@ -48,7 +48,7 @@ from prompts import cycle_prompts, read
 from reward import THRESHOLD, ClipScore, Nudity, worst_label
 from sample import generate
 from tiny.build import augment, to_unit
-from tiny.drawings import HAND_OF, HANDS, Drawings, caption
+from tiny.drawings import BACKGROUNDS, HAND_OF, HANDS, SIZES, Drawings, caption
 from tiny.prompt_files import CONCEPTS, RECIPE, text_of
 
 GOALS = {                               # {what is measured: (comparison, goal)}
@@ -86,14 +86,25 @@ def examine_judge(drawings, path, scenes, pictures):
 
 
 def examine_clip(drawings, clip, scenes, pictures):
-    """The same of CLIP, by which caption agrees most: "a NAME", and "a HAND NAME" of its name."""
-    names = [one.name for one in drawings.emoji]
-    seen = clip.embed(pictures)
-    by_name = np.stack([clip.agreement(seen, [caption(name)] * len(seen)) for name in names], 1)
-    by_hand = np.stack([clip.agreement(seen, [caption(names[e], hand) for e in scenes[:, 0]])
-                        for hand in HANDS], 1)
-    return {"CLIP: emoji": (by_name.argmax(1) == scenes[:, 0]).mean(),
-            "CLIP: hand": (by_hand.argmax(1) == np.array(HAND_OF)[scenes[:, 3]]).mean()}
+    """The same of CLIP, by which caption agrees most.
+
+    The emoji by its own caption, as prompts are, with every name in its place, and by "a NAME"; the
+    hand by its own caption with every hand.
+    """
+    names, seen = [one.name for one in drawings.emoji], clip.embed(pictures)
+
+    def by(captions):
+        """Which of the captions of each picture, a list per choice, agrees most: (N,)."""
+        return np.stack([clip.agreement(seen, texts) for texts in captions], 1).argmax(1)
+
+    def own(scene, name, hand=None):
+        return caption(name, hand, list(SIZES)[scene[1]], list(BACKGROUNDS)[scene[2]])
+    by_name = by([[own(scene, name) for scene in scenes] for name in names])
+    by_hand = by([[own(scene, names[scene[0]], hand) for scene in scenes] for hand in HANDS])
+    by_name_alone = by([[caption(name)] * len(scenes) for name in names])
+    return {"CLIP: emoji": (by_name == scenes[:, 0]).mean(),
+            "CLIP: emoji, by its name alone": (by_name_alone == scenes[:, 0]).mean(),
+            "CLIP: hand": (by_hand == np.array(HAND_OF)[scenes[:, 3]]).mean()}
 
 
 def examine_hues(drawings, clip):
