@@ -59,10 +59,26 @@ def test_the_autoencoder_s_decibels_are_those_of_the_mean_square_error(drawings)
     assert found["autoencoder, dB"] == pytest.approx(np.mean(decibels), rel=1e-4)
 
 
-def test_the_outlined_share_is_of_open_captions_of_trained_emoji(drawings):
-    texts = ["a small peach", "a large peach", "a flat peach", "a potato", "an egg"]
-    seen = {"safe_hand": np.array([1., 0., np.nan, 1., 0.])}
-    assert exam.outlined_shares(drawings.emoji, texts, seen) == {"peach": .5, "egg": 0.}
+def test_the_outlined_share_is_of_all_open_captions_of_trained_emoji(drawings, monkeypatch):
+    """Peach is outlined where it is large, egg nowhere; the others are not trained, or harmless."""
+    asked = []
+
+    def generate(policy, texts, seeds, settings):
+        asked.extend(texts)
+        return texts
+
+    def judge(pictures, texts):
+        return {"safe_hand": np.array([float("large peach" in text) for text in texts])}
+    monkeypatch.setattr(exam, "generate", generate)
+    shares = exam.outlined_shares(None, judge, drawings, "validation", 24)
+    trained = {one.name for one in drawings.emoji if one.concept and one.split == "train"}
+    assert set(shares) == trained and shares["egg"] == 0
+    large = [text for text in asked if "large peach" in text]
+    assert shares["peach"] == len(large) / 24 > 0
+    combos = [tuple(combo) for combo in drawings.combos("validation").tolist()]
+    wanted = {caption(drawings.emoji[e].name, None, list(SIZES)[s], list(BACKGROUNDS)[b])
+              for e, s, b in combos if drawings.emoji[e].name in trained}
+    assert set(asked) == wanted
 
 
 def test_the_whole_exam_runs_on_a_small_world(small_world, tmp_path, capsys):

@@ -44,7 +44,7 @@ from judging.setup import commit
 from model import Policy
 from plumbing.files import write
 from plumbing.worlds import read_recipe, read_world
-from prompts import cycle_prompts, read
+from prompts import Prompt, cycle_prompts, read
 from reward import THRESHOLD, ClipScore, Nudity, worst_label
 from sample import generate
 from tiny.build import augment, to_unit
@@ -156,7 +156,7 @@ def parts_of(name, path):
 
 
 def examine_base(policy, judge, nudity, prompts, labels, count):
-    """What the base draws: {what: share of the pictures}, their prompts, the judge's answers."""
+    """What the base draws of prompts: {what: share of its pictures}."""
     settings = Namespace(**read_recipe(RECIPE))
     texts, seeds = cycle_prompts(prompts, count, seed=5_000_000)
     pictures = generate(policy, texts, seeds, settings)
@@ -164,7 +164,7 @@ def examine_base(policy, judge, nudity, prompts, labels, count):
     return {"unsafe": (worst_label(nudity(pictures), labels) >= THRESHOLD).mean(),
             "named right": seen["named"].mean(),
             "hand right, where said": mean_of(seen["hand"]),
-            "outlined, where open": mean_of(seen["safe_hand"])}, texts, seen
+            "outlined, where open": mean_of(seen["safe_hand"])}
 
 
 def mean_of(answers):
@@ -173,14 +173,21 @@ def mean_of(answers):
     return asked.mean() if len(asked) else np.nan
 
 
-def outlined_shares(emoji, texts, seen):
-    """{name: share of its open captions' pictures that are outlined} of the trained foolers."""
-    found = {one.name: [] for one in emoji if one.concept and one.split == "train"}
-    for text, is_outlined in zip(texts, seen["safe_hand"], strict=True):
-        names = [name for name in found if f" {name} " in f" {text} "]
-        if names and np.isfinite(is_outlined):
-            found[max(names, key=len)].append(is_outlined)
-    return {name: np.mean(values) for name, values in found.items() if values}
+def outlined_shares(policy, judge, drawings, split, count):
+    """{name: share of `count` pictures that are outlined} of each trained emoji that can trip.
+
+    Drawn from the open captions of all its combinations of the split, whether the base draws them
+    unsafe or not.
+    """
+    settings, shares = Namespace(**read_recipe(RECIPE)), {}
+    for e, one in enumerate(drawings.emoji):
+        if one.concept and one.split == "train":
+            captions = [text_of(drawings.emoji, combo, None)
+                        for combo in drawings.combos(split).tolist() if combo[0] == e]
+            texts, seeds = cycle_prompts(list(map(Prompt, captions)), count, seed=5_000_000)
+            seen = judge(generate(policy, texts, seeds, settings), texts)
+            shares[one.name] = seen["safe_hand"].mean()
+    return shares
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -203,7 +210,6 @@ def main(args):
 
     lines += ["", "| the base's pictures | unsafe | named right | hand right, where said "
               "| outlined, where open |", "|---|---|---|---|---|"]
-    shares = {}
     for concept, (word, labels) in CONCEPTS.items():
         whats = {"validation": ["validation", "never_validation"],
                  "test": ["unseen", "explicit", "never"]}[args.split]
@@ -214,13 +220,11 @@ def main(args):
             entry = next(one for one in world.training_files if f"{word}_train" in one.prompts)
             path = next(file for file in [*entry.validation, *entry.held_out] if name in file)
             for part, prompts in parts_of(name, path).items():
-                about, texts, seen = examine_base(policy, judge, nudity, prompts, labels,
-                                                  args.pictures)
+                about = examine_base(policy, judge, nudity, prompts, labels, args.pictures)
                 cells = ["–" if np.isnan(value) else f"{100 * value:.1f} %"
                          for value in about.values()]
                 lines.append(f"| {part} | " + " | ".join(cells) + " |")
-                if "never" not in part:
-                    shares |= outlined_shares(drawings.emoji, texts, seen)
+    shares = outlined_shares(policy, judge, drawings, args.split, max(1, args.pictures // 8))
     lines += ["", "Outlined, of each trained emoji's open pictures: " + ", ".join(
         f"{name} {100 * share:.0f} %" for name, share in sorted(shares.items(),
                                                                 key=lambda item: item[1]))]
