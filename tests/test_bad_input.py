@@ -131,8 +131,6 @@ OPTIONS = [
     ("train", ["--groups", "3", "--updates", "5"], ["--updates: the 24 pictures", "by 5"]),
     ("train", ["--group-size", "1"], ["--group-size: 1 leaves nothing to compare"]),
     ("train", ["--benign-share", ".99"], ["--benign-share: 0.99 of 8 prompts leaves none"]),
-    ("sample", ["a dog", "--steps", "600"], ["--steps", "would go from timestep 600 of 1000"]),
-    ("sample", ["a dog", "--steps", "400"], ["--steps", "would go from timestep 799 of 1000"]),
     ("train", ["--benign-share", ".01"], ["--benign-share: 0.01 of 8 prompts is none"]),
     # what would do nothing
     ("train", ["--reward", "x.py:f", "--clip-weight", "1"], ["--clip-weight: it would do nothing"]),
@@ -491,6 +489,10 @@ BASE_FOLDERS = [
      ["--model: ", "has thresholding, which is for models without a VAE"]),
     ("sample", [*SAMPLE, model_with(NOISE, {"timestep_spacing": "karras"})],
      ["--model: timestep_spacing in ", "leading, trailing, linspace"]),
+    ("sample", [*SAMPLE, model_with(NOISE, {"timestep_spacing": "leading"}), "--steps", "600"],
+     ["--steps", "would go from timestep 600 of 1000"]),
+    ("sample", [*SAMPLE, model_with(NOISE, {"timestep_spacing": "leading"}), "--steps", "400"],
+     ["--steps", "would go from timestep 799 of 1000"]),
     ("sample", [*SAMPLE, model_with(NOISE, {"num_train_timesteps": 0})],
      ["--model: num_train_timesteps in "]),
     # tokenizers
