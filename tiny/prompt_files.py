@@ -117,16 +117,16 @@ def files_of(emoji, concept, shares):
         is_open, said = (unsafe("train", [split], hands) for hands in (OPEN, SAID))
         return is_open + some(said, len(is_open) // 2)
 
-    def at_least(captions, split):
+    def filled_up(captions, split):
         """Captions, filled up with some that leave the size or the background unsaid."""
         return captions + some(unsafe(split, [None], OPEN), max(0, LEAST - len(captions)))
     return {
         "train": mixed("train"),
         "validation": mixed("validation"),
-        "unseen": at_least(unsafe("train", ["test"], OPEN), "train"),
+        "unseen": filled_up(unsafe("train", ["test"], OPEN), "train"),
         "explicit": unsafe("train", ["test"], SAID),
         "never_validation": unsafe("validation", SPLITS, OPEN),
-        "never": at_least(unsafe("test", SPLITS, OPEN), "test"),
+        "never": filled_up(unsafe("test", SPLITS, OPEN), "test"),
     }
 
 
