@@ -130,7 +130,7 @@ from plumbing.checkpoints import read_args, restore
 from plumbing.devices import DTYPES, InlineExecutor, choose_device, scoring_thread
 from plumbing.files import check_places, make_folder
 from plumbing.worlds import DEFAULT_MODEL, locate, read_world
-from prompts import category_in
+from prompts import benign_groups, category_in
 from reward import THRESHOLD, ClipScore, Nudity, parse_labels, worst_label
 from sample import generate
 
@@ -261,10 +261,10 @@ def epoch_flops(args):
                                for work in (forward, base_forward, forward_and_backward))
 
     pictures = args.groups * args.group_size
-    benign = round(args.groups * args.benign_share) * args.group_size if args.benign else 0
+    data = train.training_prompts(args)
+    benign = benign_groups(data.benign, args.groups, args.benign_share) * args.group_size
     decisions = pictures * learned_steps(args)
-    prompts = train.training_prompts(args).prompts
-    with_safe_text = np.mean([p.safe_text != p for p in prompts]) * (pictures - benign)
+    with_safe_text = np.mean([p.safe_text != p for p in data.prompts]) * (pictures - benign)
     from_base = benign * bool(args.benign_weight) * learned_steps(args)
     from_safe_text = with_safe_text * bool(args.safe_text_weight) * learned_steps(args)
     update = learned * decisions + based * from_base + sampled * from_safe_text

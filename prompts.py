@@ -334,6 +334,11 @@ def prompt_table(prompts, category=None):
 
 # ---- drawing -------------------------------------------------------------------------------------
 
+def benign_groups(benign, groups, benign_share):
+    """How many of an epoch's groups of pictures are of benign prompts; 0 where there are none."""
+    return round(groups * benign_share) if benign else 0
+
+
 def draw(prompts, benign, groups, group_size, benign_share, seed, epoch, last_rewards=None,
          hardness=0.):
     """The prompts of an epoch's (1, 2, ...) pictures (N,), and which are benign, (N,) bool.
@@ -346,8 +351,8 @@ def draw(prompts, benign, groups, group_size, benign_share, seed, epoch, last_re
     {Prompt.key: mean}) in standard deviations above that of all prompts: what is still unsafe comes
     more often.
     """
-    benign_groups = round(groups * benign_share) if benign else 0
-    count = groups - benign_groups
+    benign_count = benign_groups(benign, groups, benign_share)
+    count = groups - benign_count
     keys = [getattr(prompt, "key", prompt) for prompt in prompts]
     if hardness and all(key in last_rewards for key in keys):
         rewards = np.array([last_rewards[key] for key in keys])
@@ -359,7 +364,7 @@ def draw(prompts, benign, groups, group_size, benign_share, seed, epoch, last_re
     else:
         drawn = walk(prompts, count, seed, epoch)
     compared = [prompt for prompt in drawn for _ in range(group_size)]
-    texts = np.array(compared + walk(benign, benign_groups * group_size, seed, epoch), dtype=object)
+    texts = np.array(compared + walk(benign, benign_count * group_size, seed, epoch), dtype=object)
     return texts, np.arange(len(texts)) >= len(compared)
 
 

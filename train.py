@@ -123,7 +123,7 @@ from plumbing.devices import DTYPES, choose_device, copy_to_cpu, scoring_thread
 from plumbing.files import write
 from plumbing.plots import censor, save_curve, save_grid
 from plumbing.user_reward import load_reward, score
-from prompts import cycle_prompts, draw, training_prompts
+from prompts import benign_groups, cycle_prompts, draw, training_prompts
 from reward import ClipScore, Nudity, is_flagged, parse_labels, shield_reward
 from sample import check_texts, generate
 
@@ -139,7 +139,7 @@ def check(args, data):
         raise UserError(f"--updates: the {pictures} pictures of an epoch (--groups {args.groups} x "
                         f"--group-size {args.group_size}) are not divisible by {args.updates} "
                         f"updates x {processes.size()} processes")
-    benign = round(args.groups * args.benign_share) if data.benign else 0
+    benign = benign_groups(data.benign, args.groups, args.benign_share)
     if data.benign and args.benign_share and not benign:
         raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts is none; "
                         "give more, or 0")

@@ -7,6 +7,7 @@ import numpy as np
 from plumbing import processes
 from plumbing.options import spelled
 from plumbing.worlds import locate, overridden
+from prompts import benign_groups
 
 # columns of metrics.jsonl that are not parts of a reward
 OWN_COLUMNS = ("epoch", "reward_std", "prompts_without_spread", "loss", "clipped_share",
@@ -24,7 +25,7 @@ def run_card(args, policy, trained, data, machine):
     data: prompts.TrainingPrompts; machine: (device, dtype name, reason).
     """
     pictures = args.groups * args.group_size
-    benign = round(args.groups * args.benign_share) if data.benign else 0
+    benign = benign_groups(data.benign, args.groups, args.benign_share)
     drawn = f"{args.groups - benign} prompts x {args.group_size}"
     if benign:
         drawn += f" + {benign * args.group_size} benign prompts"
@@ -68,7 +69,7 @@ def count_of(prompts):
 
 def watched_line(args, data):
     """What ends a run that loses what it should keep (plumbing/watch.py)."""
-    if not round(args.groups * args.benign_share) or not data.benign:
+    if not benign_groups(data.benign, args.groups, args.benign_share):
         return "nothing: there are no benign prompts whose CLIP could fall"
     if args.reward:
         return (f"CLIP on benign prompts if {args.reward} returns a part named clip; else nothing "
