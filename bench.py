@@ -265,9 +265,11 @@ def epoch_flops(args):
     benign = benign_groups(data.benign, args.groups, args.benign_share) * args.group_size
     decisions = pictures * learned_steps(args)
     with_safe_text = np.mean([p.safe_text != p for p in data.prompts]) * (pictures - benign)
-    from_base = benign * bool(args.benign_weight) * learned_steps(args)
-    from_safe_text = with_safe_text * bool(args.safe_text_weight) * learned_steps(args)
-    update = learned * decisions + based * from_base + sampled * from_safe_text
+    pulls = 1 if learned_steps(args) == args.steps else 2       # steps of each pulled picture
+    from_base = pulls * benign * bool(args.benign_weight)
+    from_safe_text = pulls * with_safe_text * bool(args.safe_text_weight)
+    update = (learned * decisions + (learned + based) * from_base
+              + (learned + sampled) * from_safe_text)
     if policy.keeps_graph(args.updates, decisions):
         update -= sampled * decisions                   # no second forward
     return {"sample": sampled * pictures * args.steps, "update": update}

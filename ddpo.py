@@ -164,6 +164,18 @@ def pairs(rows, steps, size):
         yield i[start:start + size], k[start:start + size]
 
 
+def draw_steps(rng, learned, steps, count):
+    """Where `count` pictures are pulled: one of the first `learned` steps, and one of the others.
+
+    The latter, from which nothing is learned, change along, as all steps share their weights.
+    Returns int (count, 2), or (count, 1) where all steps are learned from.
+    """
+    chosen = [rng.integers(learned, size=count)]
+    if learned < steps:
+        chosen.append(rng.integers(learned, steps, count))
+    return np.stack(chosen, 1)
+
+
 # ---- the advantage and the loss ------------------------------------------------------------------
 
 class RewardMemory:

@@ -108,6 +108,7 @@ from ddpo import (
     RewardMemory,
     advantages,
     draw_noise,
+    draw_steps,
     log_prob,
     mean_distance,
     pairs,
@@ -256,6 +257,7 @@ def main(args, clock=lambda stage: None):
         safe_texts = np.array([p.safe_text for p in texts], dtype=object)               # (N,)
         has_safe_text = (texts != safe_texts) & ~is_benign                              # (N,)
         seeds = rng.integers(2 ** 62, size=len(texts))                                  # (N,)
+        pull_steps = draw_steps(rng, len(learned), args.steps, len(texts))              # (N, 2)
         latents, log_probs, means, scores = [], [], [], []
         with scoring_thread(policy.device) as scorer, bar(desc=f"epoch {epoch}") as ticks:
             for start in range(0, len(local), args.batch_size):
@@ -288,46 +290,49 @@ def main(args, clock=lambda stage: None):
         advantage[torch.from_numpy(is_benign)] = 0
         advantage = advantage.to(policy.device)
 
-        # ---- 4. update: PPO on the (picture, step) decisions of each update's pictures, and two
-        # pulls on their means: of benign pictures towards what the base draws, of pictures of a
-        # prompt that has a safe_text towards what the policy itself draws of that by now
+        # ---- 4. update: PPO on the (picture, step) decisions of each update's pictures; and two
+        # pulls on their means, at two steps: of benign pictures towards what the base draws, of
+        # those of a prompt with a safe_text towards what the policy draws of that by now
         records = []
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
                  ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
+        of_update = pictures_per_epoch // args.updates              # pictures, of all processes
         for update in range(args.updates):
             per_update = len(local) // args.updates
             rows = np.arange(update * per_update, (update + 1) * per_update)    # of latents
-            decisions = pictures_per_epoch // args.updates * len(learned)   # of all processes
             batch_size = len(rows) * len(learned) if with_graph else args.batch_size
             for i, k in pairs(rows, learned, batch_size):
-                batch_texts, x = texts[local[i]], latents[i, k]
+                batch_texts = texts[local[i]]
                 if with_graph:
                     mean, sigma = means[i, k], schedule.sigma[k].view(-1, 1, 1, 1)
                 else:
                     predict = plain(policy, batch_texts, guidance_of(batch_texts, args.guidance))
-                    mean, sigma = step_mean(predict, x, schedule, k, policy.prediction_type)
+                    mean, sigma = step_mean(predict, latents[i, k], schedule, k,
+                                            policy.prediction_type)
                 log_p = log_prob(latents[i, k + 1], mean, sigma)                        # (b,)
                 # the first update is on-policy: the ratio is 1 exactly, although another batch
                 # shape than sampling's may round otherwise
                 old = log_p.detach() if update == 0 else old_log_probs[i, k]
                 loss, diagnostics = ppo_loss(log_p, old, advantage[local[i]], args.clip_range)
-                total = loss * len(i)
                 drift = torch.expm1(log_p.detach() - old_log_probs[i, k]).abs().max()
-                at = (str(batch_texts[0]), int(k[0]))
                 records.append({"loss": loss.detach(), **diagnostics, "ratio_deviation": drift,
-                                "update": update, "rows": len(i), "at": at})
-                for name, pulled, weight, aims, teacher in pulls:
-                    j = np.flatnonzero(pulled[local[i]])
-                    if not weight or not len(j):
-                        continue
-                    scale = guidance_of(batch_texts[j], args.guidance)
-                    predict = plain(policy, aims[local[i[j]]], scale)
+                                "update": update, "rows": len(i),
+                                "at": (str(batch_texts[0]), int(k[0]))})
+                (loss * len(i) / (of_update * len(learned))).backward()
+            for name, where, weight, aims, teacher in pulls:
+                pulled = rows[where[local[rows]]] if weight else rows[:0]
+                for i, column in pairs(pulled, range(pull_steps.shape[1]), args.batch_size):
+                    k, batch_texts = pull_steps[local[i], column], texts[local[i]]
+                    x, scale = latents[i, k], guidance_of(batch_texts, args.guidance)
+                    mean, _ = step_mean(plain(policy, batch_texts, scale), x, schedule, k,
+                                        policy.prediction_type)
                     with torch.no_grad(), teacher():
-                        aim, _ = step_mean(predict, x[j], schedule, k[j], policy.prediction_type)
-                    pull = mean_distance(mean[j], aim)
-                    total = total + weight * pull.sum()
-                    records.append({name: pull.detach().mean(), "rows": len(j), "at": at})
-                (total / decisions).backward()
+                        aim, _ = step_mean(plain(policy, aims[local[i]], scale), x, schedule, k,
+                                           policy.prediction_type)
+                    pull = mean_distance(mean, aim)
+                    (weight * pull.sum() / of_update).backward()
+                    records.append({name: pull.detach().mean(), "rows": len(i),
+                                    "at": (str(batch_texts[0]), int(k[0]))})
 
             processes.sum_gradients(trained.values())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)

@@ -13,6 +13,7 @@ from ddpo import (
     ddim_schedule,
     denoise,
     draw_noise,
+    draw_steps,
     log_prob,
     mean_distance,
     pairs,
@@ -236,3 +237,12 @@ def test_rewards_that_are_all_alike_teach_nothing(value, scale):
         memory = RewardMemory(min_count=1) if scale == "memory" else None
         how = "batch" if scale == "batch" else "prompt"
         assert not advantages(torch.full((count,), value), ["a"] * count, memory, how).any()
+
+
+def test_a_picture_is_pulled_at_a_learned_step_and_at_another():
+    steps = draw_steps(np.random.default_rng(0), 2, 6, 8000)
+    assert steps.shape == (8000, 2)
+    assert np.allclose(np.bincount(steps[:, 0]) / 8000, .5, atol=.02)
+    assert np.allclose(np.bincount(steps[:, 1]) / 8000, [0, 0, .25, .25, .25, .25], atol=.02)
+    alone = draw_steps(np.random.default_rng(0), 3, 3, 900)     # where all steps are learned from
+    assert alone.shape == (900, 1) and set(alone.flat) == {0, 1, 2}

@@ -17,7 +17,7 @@ from runs import differing, fork, metrics_of, train, without
 from safetensors.torch import load_file
 
 import train as trainer
-from ddpo import advantages, rollout
+from ddpo import advantages, draw_steps, rollout
 from model import Policy, plain
 from plumbing.checkpoints import load_checkpoint
 from plumbing.options import UserError
@@ -253,7 +253,7 @@ class Held:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Records an epoch's latents, log-probabilities and advantages; the LoRA is not zero."""
+    """Records an epoch's latents, advantages and steps of the pulls; the LoRA is not zero."""
     record = {"latents": [], "prompts": []}
 
     def recording_rollout(*args, **options):
@@ -265,6 +265,10 @@ def recorded(monkeypatch):
         record["prompts"] = list(prompts)
         record["advantage"] = advantages(rewards, prompts, *rest)
         return record["advantage"]
+
+    def recording_steps(*args):
+        record["pull_steps"] = draw_steps(*args)
+        return record["pull_steps"]
 
     class RandomLora(Policy):
         def make_trainable(self, *args):
@@ -278,6 +282,7 @@ def recorded(monkeypatch):
     Held.seen.clear()
     monkeypatch.setattr(trainer, "rollout", recording_rollout)
     monkeypatch.setattr(trainer, "advantages", recording_advantages)
+    monkeypatch.setattr(trainer, "draw_steps", recording_steps)
     monkeypatch.setattr(trainer, "Policy", RandomLora)
     monkeypatch.setattr(trainer.torch.optim, "AdamW", Held)
     monkeypatch.setattr(trainer, "MAX_GRAD_NORM", 1e9)
@@ -290,7 +295,8 @@ BENIGN = "a plain cup"                  # is pulled, and not rewarded
 def gradient_by_hand(record, pictures, steps, pulls=None):
     """A picture and a timestep at a time, with the loss written out.
 
-    pulls: {prompt: (weight, policy, prompt)}, whose means that prompt's pictures are pulled to.
+    pulls: {prompt: (weight, policy, prompt)}, whose means that prompt's pictures are pulled to,
+    each at its two of record["pull_steps"].
     """
     policy, trained = record["policy"], record["trained"]
     schedule, latents = policy.schedule(4), torch.cat(record["latents"])
@@ -308,10 +314,13 @@ def gradient_by_hand(record, pictures, steps, pulls=None):
             log_p = gaussian.log_prob(x_prev).mean()
             ratio = (log_p - log_p.detach()).exp()
             loss = -record["advantage"][i] * ratio * (prompt != BENIGN)
-            if pulls:
-                weight, teacher, aim = pulls[prompt]
-                loss = loss + weight * (mean - mean_of(teacher, aim, x, k).detach()).pow(2).mean()
             (loss / (len(pictures) * len(steps))).backward()
+        if pulls:
+            weight, teacher, aim = pulls[prompt]
+            for k in record["pull_steps"][i]:
+                x = latents[i:i + 1, k]
+                off = mean_of(policy, prompt, x, k) - mean_of(teacher, aim, x, k).detach()
+                (weight * off.pow(2).mean() / len(pictures)).backward()
     by_hand = [p.grad for p in trained.values()]
     for p in trained.values():
         p.grad = None
