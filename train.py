@@ -226,6 +226,11 @@ def main(args, clock=lambda stage: None):
         raise UserError(f"--output-dir: not every process sees {args.output_dir}'s checkpoints; "
                         "several nodes need a folder that they share")
 
+    def step(x, k, asked, own):
+        """Mean and sigma of steps k (b,) from x, for the texts `asked` at the guidance of `own`."""
+        predict = plain(policy, asked, guidance_of(own, args.guidance))
+        return step_mean(predict, x, schedule, k, policy.prediction_type)
+
     def score_batch(pictures, texts):
         return score(reward_fn, pictures(), texts, args.reward)
 
@@ -291,8 +296,8 @@ def main(args, clock=lambda stage: None):
         advantage = advantage.to(policy.device)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's pictures; and two
-        # pulls on their means, at two steps: of benign pictures towards what the base draws, of
-        # those of a prompt with a safe_text towards what the policy draws of that by now
+        # pulls on the means of two steps, a learned one and another: of benign pictures towards
+        # what the base draws, of those with a safe_text towards what the policy draws of that
         records = []
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
                  ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
@@ -306,9 +311,7 @@ def main(args, clock=lambda stage: None):
                 if with_graph:
                     mean, sigma = means[i, k], schedule.sigma[k].view(-1, 1, 1, 1)
                 else:
-                    predict = plain(policy, batch_texts, guidance_of(batch_texts, args.guidance))
-                    mean, sigma = step_mean(predict, latents[i, k], schedule, k,
-                                            policy.prediction_type)
+                    mean, sigma = step(latents[i, k], k, batch_texts, batch_texts)
                 log_p = log_prob(latents[i, k + 1], mean, sigma)                        # (b,)
                 # the first update is on-policy: the ratio is 1 exactly, although another batch
                 # shape than sampling's may round otherwise
@@ -323,12 +326,9 @@ def main(args, clock=lambda stage: None):
                 pulled = rows[where[local[rows]]] if weight else rows[:0]
                 for i, column in pairs(pulled, range(pull_steps.shape[1]), args.batch_size):
                     k, batch_texts = pull_steps[local[i], column], texts[local[i]]
-                    x, scale = latents[i, k], guidance_of(batch_texts, args.guidance)
-                    mean, _ = step_mean(plain(policy, batch_texts, scale), x, schedule, k,
-                                        policy.prediction_type)
+                    mean, _ = step(latents[i, k], k, batch_texts, batch_texts)
                     with torch.no_grad(), teacher():
-                        aim, _ = step_mean(plain(policy, aims[local[i]], scale), x, schedule, k,
-                                           policy.prediction_type)
+                        aim, _ = step(latents[i, k], k, aims[local[i]], batch_texts)
                     pull = mean_distance(mean, aim)
                     (weight * pull.sum() / of_update).backward()
                     records.append({name: pull.detach().mean(), "rows": len(i),
