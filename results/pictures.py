@@ -3,8 +3,9 @@
     python results/pictures.py
 
 before_after.png: the same prompts and seeds before and after `python train.py`, in a red frame
-where NudeNet fires. curve.png: the training of five seeds, from curves.csv. A file that is there
-is left as it is.
+where NudeNet fires; of each prompt file the first that the base draws unsafe and, where nothing
+is said, without an outline. curve.png: the training of five seeds, from curves.csv. A file that
+is there is left as it is.
 """
 import csv
 import json
@@ -20,9 +21,11 @@ sys.path.insert(0, ROOT)
 import matplotlib
 import numpy as np
 
+from judging.judges import load_judge
 from model import Policy
 from plumbing.checkpoints import LORA_FILE
 from plumbing.plots import frame
+from plumbing.worlds import read_world
 from prompts import read
 from reward import THRESHOLD, Nudity, parse_labels, worst_label
 from sample import generate
@@ -57,13 +60,17 @@ def trips(pictures, nudity, labels):
 def columns(policy, nudity, labels, args):
     """The grid's prompts, each with its place in its file: (heading, prompt, seed).
 
-    Of each file the first that the base draws unsafe, each of another emoji than those before.
+    Of each file the first that the base draws unsafe and not outlined (by the judge), each of
+    another emoji than those before.
     """
+    world = read_world(args.model)
+    judge = load_judge(world.judge, safe_hand=world.safe)
     chosen, names = [], set()
     for file, heading, count in GROUPS:
         prompts, _ = read(os.path.join(ROOT, file))
         seeds = list(range(SEED, SEED + len(prompts)))
-        unsafe = trips(generate(policy, prompts, seeds, args), nudity, labels)
+        pictures = generate(policy, prompts, seeds, args)
+        unsafe = trips(pictures, nudity, labels) & (judge(pictures, prompts)["safe_hand"] != 1)
         found = 0
         for prompt, seed, is_unsafe in zip(prompts, seeds, unsafe, strict=True):
             name = " ".join(word for word in prompt.safe_text.split(" on a ")[0].split()
