@@ -4,8 +4,8 @@
 
 before_after.png: the same prompts and seeds before and after `python train.py`, in a red frame
 where NudeNet fires; of each prompt file the first that the base draws unsafe and, where nothing
-is said, without an outline. curve.png: the training of five seeds, from curves.csv. A file that
-is there is left as it is.
+is said, without an outline. faces.png: where a label that was never rewarded rises. curve.png: the
+training of five seeds, from curves.csv. A file that is there is left as it is.
 """
 import csv
 import json
@@ -26,7 +26,7 @@ from model import Policy
 from plumbing.checkpoints import LORA_FILE
 from plumbing.plots import frame
 from plumbing.worlds import read_world
-from prompts import read
+from prompts import Prompt, read
 from reward import THRESHOLD, Nudity, parse_labels, worst_label
 from sample import generate
 from tiny.drawings import SIZES
@@ -37,9 +37,10 @@ import matplotlib.pyplot as plt
 SEEDS = (0, 1, 2, 3, 4)
 CURVES = os.path.join(ROOT, "results", "curves.csv")
 FIELDS = ["reward", "unsafe", "clip", "benign_clip"]
+EXPLICIT = "data/unsafe_explicit.csv"
 GROUPS = [                              # (prompt file, its heading, columns of the grid)
     ("data/unsafe_unseen.csv", "unseen combinations", 4),
-    ("data/unsafe_explicit.csv", "the unsafe hand asked for", 2),
+    (EXPLICIT, "the unsafe hand asked for", 2),
     ("data/unsafe_never.csv", "never trained on", 2),
 ]
 SEED, SCALE = 7_000_000, 2
@@ -55,6 +56,12 @@ def train_if_absent(folder, *options):
 
 def trips(pictures, nudity, labels):
     return worst_label(nudity(pictures), labels) >= THRESHOLD
+
+
+def name_of(prompt):
+    """The emoji that an unsafe prompt names: "a small peach on a red background" -> "peach"."""
+    return " ".join(word for word in prompt.safe_text.split(" on a ")[0].split()
+                    if word not in ("a", "an", *SIZES))
 
 
 def columns(policy, nudity, labels, args):
@@ -73,8 +80,7 @@ def columns(policy, nudity, labels, args):
         unsafe = trips(pictures, nudity, labels) & (judge(pictures, prompts)["safe_hand"] != 1)
         found = 0
         for prompt, seed, is_unsafe in zip(prompts, seeds, unsafe, strict=True):
-            name = " ".join(word for word in prompt.safe_text.split(" on a ")[0].split()
-                            if word not in ("a", "an", *SIZES))
+            name = name_of(prompt)
             if is_unsafe and name not in names and found < count:
                 names.add(name)
                 chosen.append((heading, prompt, seed))
@@ -84,32 +90,73 @@ def columns(policy, nudity, labels, args):
 
 def before_after(path):
     """A grid: eight unsafe captions before and after, in a red frame where the detector fires."""
+    args, before, after = the_run()
+    nudity, labels = Nudity(), parse_labels(args.unsafe_labels)
+    chosen = columns(before, nudity, labels, args)
+    prompts, seeds = [prompt for _, prompt, _ in chosen], [seed for _, _, seed in chosen]
+    rows = {}
+    for name, policy in (("before", before), ("after", after)):
+        pictures = generate(policy, prompts, seeds, args)
+        rows[name] = pictures, trips(pictures, nudity, labels)
+    headings, start = {}, 0
+    for _, heading, count in GROUPS:
+        headings[start] = heading
+        start += count
+    draw_grid(path, rows, prompts, headings)
+
+
+def faces(path):
+    """A grid: where FACE_FEMALE rises, and what the base draws if it is asked for an outline.
+
+    The first explicit captions, each of another emoji, whose picture after training has the label;
+    in a red frame wherever it is.
+    """
+    args, before, after = the_run()
+    nudity, safe = Nudity(), read_world(args.model).safe
+    prompts, _ = read(os.path.join(ROOT, EXPLICIT))
+    seeds = list(range(SEED, SEED + len(prompts)))
+    outlined = [Prompt(prompt.safe_text.replace("a ", f"a {safe} ", 1)) for prompt in prompts]
+    pictures = {"before": generate(before, prompts, seeds, args),
+                "after": generate(after, prompts, seeds, args),
+                f"before, {safe}": generate(before, outlined, seeds, args)}
+    shown = {name: trips(part, nudity, ["FACE_FEMALE"]) for name, part in pictures.items()}
+    for name, part in shown.items():
+        print(f"{name}: FACE_FEMALE on {100 * part.mean():.1f} % of {len(part)} pictures")
+    chosen = {name_of(prompts[i]): i for i in reversed(np.flatnonzero(shown["after"]))}
+    chosen = sorted(chosen.values())[:8]                    # the first of each emoji
+    draw_grid(path, {name: (part[chosen], shown[name][chosen]) for name, part in pictures.items()},
+              [prompts[i] for i in chosen])
+
+
+def the_run():
+    """(options, base, trained policy) of `python train.py`, which is run if it was not."""
     run = train_if_absent(os.path.join(ROOT, "out", "shield"))
     with open(os.path.join(run, "args.json"), encoding="utf-8") as file:
         args = SimpleNamespace(**json.load(file))
-    policies = {"before": Policy(args.model), "after": Policy(args.model, [(run, 1.)])}
-    nudity, labels = Nudity(), parse_labels(args.unsafe_labels)
-    chosen = columns(policies["before"], nudity, labels, args)
-    figure, axes = plt.subplots(3, len(chosen), figsize=(len(chosen) * 1.3, 3.5),
-                                height_ratios=[1, 1, .42])
+    return args, Policy(args.model), Policy(args.model, [(run, 1.)])
+
+
+def draw_grid(path, rows, captions, headings=None):
+    """A PNG of rows {name: (pictures (N, h, w, 3), which (N,) get a red frame)}, captions below.
+
+    headings: {column: text above it}.
+    """
+    figure, axes = plt.subplots(len(rows) + 1, len(captions), height_ratios=[*[1] * len(rows), .42],
+                                figsize=(len(captions) * 1.3, .7 + 1.4 * len(rows)))
     for axis in axes.flat:
         axis.axis("off")
-    prompts, seeds = [prompt for _, prompt, _ in chosen], [seed for _, _, seed in chosen]
-    for row, (name, policy) in enumerate(policies.items()):
-        pictures = generate(policy, prompts, seeds, args)
-        fires = trips(pictures, nudity, labels)
+    for row, (name, (pictures, fires)) in enumerate(rows.items()):
         large = pictures.repeat(SCALE, 1).repeat(SCALE, 2)
         for axis, picture in zip(axes[row], frame(large, fires, width=3 * SCALE), strict=True):
             axis.imshow(picture, interpolation="bicubic")
         axes[row, 0].text(-.06, .5, name, fontsize=9, ha="right", va="center", rotation=90,
                           transform=axes[row, 0].transAxes)
-    for axis, prompt in zip(axes[2], prompts, strict=True):
-        axis.text(.5, .97, textwrap.fill(str(prompt), 19), fontsize=7, ha="center", va="top")
-    start = 0
-    for _, heading, count in GROUPS:
-        axes[0, start].set_title(heading, fontsize=8, loc="left", pad=3)
-        start += count
-    figure.subplots_adjust(left=.025, right=.997, top=.94, bottom=.003, wspace=.05, hspace=.05)
+    for axis, caption in zip(axes[-1], captions, strict=True):
+        axis.text(.5, .97, textwrap.fill(str(caption), 19), fontsize=7, ha="center", va="top")
+    for column, heading in (headings or {}).items():
+        axes[0, column].set_title(heading, fontsize=8, loc="left", pad=3)
+    figure.subplots_adjust(left=.22 / len(captions), right=.997, bottom=.003,
+                           top=.94 if headings else .99, wspace=.05, hspace=.05)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
@@ -151,7 +198,8 @@ def curve(path):
 
 
 def main():
-    for name, draw in (("before_after.png", before_after), ("curve.png", curve)):
+    drawn_by = {"before_after.png": before_after, "faces.png": faces, "curve.png": curve}
+    for name, draw in drawn_by.items():
         path = os.path.join(ROOT, "results", name)
         if not os.path.exists(path):
             draw(path)
