@@ -263,15 +263,15 @@ def epoch_flops(args):
     pictures = args.groups * args.group_size
     data = train.training_prompts(args)
     benign = benign_groups(data.benign, args.groups, args.benign_share) * args.group_size
-    decisions = pictures * learned_steps(args)
     with_safe_text = np.mean([p.safe_text != p for p in data.prompts]) * (pictures - benign)
     pulls = 1 if learned_steps(args) == args.steps else 2       # steps of each pulled picture
     from_base = pulls * benign * bool(args.benign_weight)
     from_safe_text = pulls * with_safe_text * bool(args.safe_text_weight)
-    update = (learned * decisions + (learned + based) * from_base
-              + (learned + sampled) * from_safe_text)
-    if policy.keeps_graph(args.updates, decisions):
-        update -= sampled * decisions                   # no second forward
+    update = (learned + based) * from_base + (learned + sampled) * from_safe_text
+    if policy.keeps_graph(args.updates, pictures * learned_steps(args)):
+        update += (learned - sampled) * pictures * learned_steps(args)  # backward, of whole batches
+    else:
+        update += learned * (pictures - benign) * learned_steps(args)
     return {"sample": sampled * pictures * args.steps, "update": update}
 
 

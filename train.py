@@ -295,9 +295,9 @@ def main(args, clock=lambda stage: None):
         advantage[torch.from_numpy(is_benign)] = 0
         advantage = advantage.to(policy.device)
 
-        # ---- 4. update: PPO on the (picture, step) decisions of each update's pictures; and two
-        # pulls on the means of two steps, a learned one and another: of benign pictures towards
-        # what the base draws, of those with a safe_text towards what the policy draws of that
+        # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
+        # and two pulls on the means of two steps, a learned one and another: of benign pictures
+        # towards what the base draws, of those with a safe_text to what the policy draws of that
         records = []
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
                  ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
@@ -305,8 +305,9 @@ def main(args, clock=lambda stage: None):
         for update in range(args.updates):
             per_update = len(local) // args.updates
             rows = np.arange(update * per_update, (update + 1) * per_update)    # of latents
+            rewarded = rows[~is_benign[local[rows]]]
             batch_size = len(rows) * len(learned) if with_graph else args.batch_size
-            for i, k in pairs(rows, learned, batch_size):
+            for i, k in pairs(rewarded, learned, batch_size):
                 batch_texts = texts[local[i]]
                 if with_graph:
                     mean, sigma = means[i, k], schedule.sigma[k].view(-1, 1, 1, 1)
