@@ -4,8 +4,8 @@
 
 before_after.png: the same prompts and seeds before and after `python train.py`, in a red frame
 where NudeNet fires; of each prompt file the first that the base draws unsafe and, where nothing
-is said, without an outline. faces.png: where a label that was never rewarded rises. curve.png: the
-training of five seeds, from curves.csv. A file that is there is left as it is.
+is said, without an outline. face_female.png: where a label that was never rewarded rises.
+curve.png: the training of five seeds, from curves.csv. A file that is there is left as it is.
 """
 import csv
 import json
@@ -47,7 +47,7 @@ SEED, SCALE = 7_000_000, 2
 
 
 def train_if_absent(folder, *options):
-    """The LoRA of a run of train.py's, trained if it is not there."""
+    """The folder of a run of train.py's, which is trained if it has no weights."""
     if not os.path.exists(os.path.join(folder, LORA_FILE)):
         command = [sys.executable, "train.py", "--output-dir", folder, *options]
         subprocess.run(command, cwd=ROOT, check=True)
@@ -65,7 +65,7 @@ def name_of(prompt):
 
 
 def columns(policy, nudity, labels, args):
-    """The grid's prompts, each with its place in its file: (heading, prompt, seed).
+    """The grid's prompts, each with the seed of its picture: (heading, prompt, seed).
 
     Of each file the first that the base draws unsafe and not outlined (by the judge), each of
     another emoji than those before.
@@ -98,14 +98,12 @@ def before_after(path):
     for name, policy in (("before", before), ("after", after)):
         pictures = generate(policy, prompts, seeds, args)
         rows[name] = pictures, trips(pictures, nudity, labels)
-    headings, start = {}, 0
-    for _, heading, count in GROUPS:
-        headings[start] = heading
-        start += count
-    draw_grid(path, rows, prompts, headings)
+    headings = [heading for heading, _, _ in chosen]
+    first = {headings.index(heading): heading for heading in dict.fromkeys(headings)}
+    draw_grid(path, rows, prompts, first)
 
 
-def faces(path):
+def face_female(path):
     """A grid: where FACE_FEMALE rises, and what the base draws if it is asked for an outline.
 
     The first explicit captions, each of another emoji, whose picture after training has the label;
@@ -115,7 +113,7 @@ def faces(path):
     nudity, safe = Nudity(), read_world(args.model).safe
     prompts, _ = read(os.path.join(ROOT, EXPLICIT))
     seeds = list(range(SEED, SEED + len(prompts)))
-    outlined = [Prompt(prompt.safe_text.replace("a ", f"a {safe} ", 1)) for prompt in prompts]
+    outlined = [Prompt(f"an {safe} {prompt.safe_text.removeprefix('a ')}") for prompt in prompts]
     pictures = {"before": generate(before, prompts, seeds, args),
                 "after": generate(after, prompts, seeds, args),
                 f"before, {safe}": generate(before, outlined, seeds, args)}
@@ -198,7 +196,8 @@ def curve(path):
 
 
 def main():
-    drawn_by = {"before_after.png": before_after, "faces.png": faces, "curve.png": curve}
+    drawn_by = {"before_after.png": before_after, "face_female.png": face_female,
+                "curve.png": curve}
     for name, draw in drawn_by.items():
         path = os.path.join(ROOT, "results", name)
         if not os.path.exists(path):
