@@ -89,3 +89,18 @@ def test_the_numbers_are_kept_from_an_evaluation_s_files(kept, tmp_path):
     assert found == {**kept, "seconds": {"seed 0": 120.}}
     assert "verdict: 120." in seeds.page_of("seeds", found)
     assert "verdict: unknown." in seeds.page_of("seeds", kept)
+
+
+def test_the_benign_file_is_told_from_the_unseen_one_in_any_order(kept):
+    turned = {**kept, "table": dict(reversed(kept["table"].items()))}
+    assert seeds.files_and_runs(turned)[0] == seeds.files_and_runs(kept)[0] == FILES
+
+
+def test_a_folder_that_is_neither_table_s_is_refused_and_nothing_is_written(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(seeds, "HERE", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["seeds.py", str(tmp_path / "seeds_eval")])
+    with pytest.raises(SystemExit):
+        seeds.main()
+    assert "give out/seeds or out/faces" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
