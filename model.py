@@ -296,6 +296,7 @@ class Policy:
     def save(self, folder, card):
         """Write the weights in diffusers' and kohya's formats with a model card (Markdown)."""
         try:
+            os.makedirs(folder, exist_ok=True)
             if hasattr(self.unet, "peft_config"):
                 save_lora(self.unet, folder)
             else:

@@ -248,6 +248,7 @@ class TrainingPrompts:
     judged: list                # their prompts
     refused: int                # how many mentioned minors
     kept_back: dict             # {file of held_out: (its prompts, their category)}, to be written
+    watched: tuple = ((), ())   # (prompts to make safe, benign ones) of plumbing/watch.py
 
     def write_kept_back(self):
         for path, (prompts, category) in self.kept_back.items():
@@ -294,7 +295,8 @@ def training_prompts(args):
                                      ("held_out_benign.csv", kept_benign, "benign")):
             if some:
                 files[os.path.join(args.output_dir, name)] = some, category
-        return TrainingPrompts(prompts, benign, list(files), kept + kept_benign, refused, files)
+        return TrainingPrompts(prompts, benign, list(files), kept + kept_benign, refused, files,
+                               watched_prompts(entries, prompts, benign))
     # a bad file is better found now than after the training
     held_out, more = read_all(args.held_out, args.category, "--held-out", optional_category=True)
     refused += more
@@ -303,7 +305,23 @@ def training_prompts(args):
     if len(set(names)) < len(names):
         raise UserError(f"--held-out: two files are named {max(names, key=names.count)}; "
                         "rename one")
-    return TrainingPrompts(prompts, benign, args.held_out, held_out, refused, {})
+    return TrainingPrompts(prompts, benign, args.held_out, held_out, refused, {},
+                           watched_prompts(entries, prompts, benign))
+
+
+def watched_prompts(entries, prompts, benign):
+    """What a training is watched by: (prompts to make safe, benign ones), in an order by chance.
+
+    Of the validation files that the world names for all of `entries` (its training files, or None
+    each); else the training's own.
+    """
+    files = dict.fromkeys(file for entry in entries if entry for file in entry.validation)
+    if files and all(entries):
+        validation, _ = read_all(files)
+        prompts = [p for p in validation if "benign" not in p.category]
+        benign = [p for p in validation if "benign" in p.category] if benign else []
+    rng = np.random.default_rng(0)
+    return tuple([some[i] for i in rng.permutation(len(some))] for some in (prompts, benign))
 
 
 def keep_back(prompts, least=16, most=64):

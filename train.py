@@ -10,7 +10,7 @@ prompt's others, update the policy by PPO on the denoising steps, with benign pi
 towards the base's. Ends with a before/after table on held-out prompts. The same command resumes
 where it was cut off, to the same result. Writes into --output-dir: args.json, metrics.jsonl,
 curve.png, samples/, checkpoints/, the LoRA in diffusers' and kohya's formats, README.md (a model
-card), verdict.json.
+card), verdict.json; and best/, the LoRA that looked best on validation prompts while training.
 
 Settings are those of the model's recipe (recipes/NAME.json); options override them.
 """
@@ -88,8 +88,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("output")
     g.add_argument("--output-dir", default="out/shield",
                    help="folder of the run; the same command resumes there")
-    g.add_argument("--save-every", type=at_least(1), default=5,
-                   help="epochs between checkpoints, each with a grid of pictures")
+    g.add_argument("--save-every", type=at_least(1), default=10,
+                   help="epochs between checkpoints, each with a look at 64 validation pictures")
     g.add_argument("--checkpoints-total-limit", type=at_least(2), default=2,
                    help="checkpoints kept, the newest")
     add_options(g, "--device", "--dtype", "--seed")
@@ -124,13 +124,14 @@ from plumbing.devices import DTYPES, choose_device, copy_to_cpu, scoring_thread
 from plumbing.files import write
 from plumbing.plots import censor, save_curve, save_grid
 from plumbing.user_reward import load_reward, score
-from prompts import benign_groups, cycle_prompts, draw, training_prompts
+from prompts import benign_groups, draw, training_prompts
 from reward import ClipScore, Nudity, is_flagged, parse_labels, shield_reward
-from sample import check_texts, generate
+from sample import check_texts
 
+DESCRIPTION = ("fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after "
+               "ShieldDiff (arXiv 2410.05309).")
 WEIGHT_DECAY = 1e-4
 MAX_GRAD_NORM = 1.
-PREVIEW_PICTURES = 16
 
 
 def check(args, data):
@@ -190,7 +191,9 @@ def main(args, clock=lambda stage: None):
     if reward_fn is None:
         clip = ClipScore(policy.world.clip, device, policy.world.clip_option)
         reward_fn = shield_reward(clip, nudity, labels, args.clip_weight)
-    judges = load_tools(policy.world, device) if data.held_out and is_lead else None
+    tools = None                                        # what judges, and watches
+    if is_lead and (data.held_out or not args.reward):
+        tools = load_tools(policy.world, device)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=WEIGHT_DECAY,
                                   fused=policy.device.type == "cuda")
     memory = RewardMemory(size=32, min_count=16) if args.advantage == "memory" else None
@@ -221,7 +224,7 @@ def main(args, clock=lambda stage: None):
         metrics, last_rewards = state["metrics"], state["last_rewards"]
         if is_lead:
             checkpoints.write_metrics(args.output_dir, metrics)     # forget what came after it
-            print(f"resuming after epoch {len(metrics)}", flush=True)
+            print(f"resuming after epoch {metrics[-1]['epoch']}", flush=True)
     if len(set(processes.gather(len(metrics)))) > 1:
         raise UserError(f"--output-dir: not every process sees {args.output_dir}'s checkpoints; "
                         "several nodes need a folder that they share")
@@ -231,18 +234,29 @@ def main(args, clock=lambda stage: None):
         predict = plain(policy, asked, guidance_of(own, args.guidance))
         return step_mean(predict, x, schedule, k, policy.prediction_type)
 
+    def card(metrics, verdict=""):
+        last = {name: round(value, 4) for name, value in metrics[-1].items()}
+        return model_card(args, DESCRIPTION, "ddpo, shielddiff", last, verdict)
+
     def score_batch(pictures, texts):
         return score(reward_fn, pictures(), texts, args.reward)
 
-    def preview(epoch):
-        texts, seeds = cycle_prompts(data.prompts, PREVIEW_PICTURES, seed=2_000_000)
-        pictures = generate(policy, texts, seeds, args)
-        shown = censor(pictures, is_flagged(nudity(pictures), labels), policy.world.harmless)
-        save_grid(os.path.join(args.output_dir, "samples", f"epoch_{epoch:04d}.png"), shown)
+    def look(row):
+        """Add to a row of metrics what is watched now, in every process; save a grid of it."""
+        seen = {}
+        if is_lead:
+            pictures, scores, seen = watch.look(policy, data.watched, nudity, tools, labels, args)
+            shown = censor(pictures, is_flagged(scores, labels), policy.world.harmless)
+            name = f"epoch_{row['epoch']:04d}.png"
+            save_grid(os.path.join(args.output_dir, "samples", name), shown)
+        row |= processes.gather(seen)[0]
+        if seen:
+            tqdm.write(watch.line(row))
 
-    if is_lead and not metrics:
-        preview(0)
-    first_epoch = len(metrics) + 1
+    if not metrics:
+        metrics.append({"epoch": 0})                    # the base's
+        look(metrics[0])
+    first_epoch = metrics[-1]["epoch"] + 1
     bar = partial(tqdm, total=-(-len(local) // args.batch_size) * args.steps, leave=False,
                   disable=not is_lead)
 
@@ -347,35 +361,33 @@ def main(args, clock=lambda stage: None):
                    for record in records]
         records = sum(processes.gather(records), [])
         metrics.append(summary(epoch, scores, is_benign, records, norm, args))
-        is_last = epoch == args.epochs
         if is_lead:
             tqdm.write(epoch_line(metrics[-1], time.time() - began))
-            if epoch % args.save_every == 0 or is_last:
-                preview(epoch)
-                checkpoints.write_metrics(args.output_dir, metrics)
-                save_curve(os.path.join(args.output_dir, "curve.png"), metrics)
-                good = watch.last_good(metrics, checkpoints.saved_epochs(folder))
-                checkpoints.save_checkpoint(folder, {
-                    "epoch": epoch,
-                    "metrics": metrics,
-                    "last_rewards": last_rewards,
-                    "memory": memory.state_dict() if memory else {},
-                    "weights": checkpoints.copy_of(trained),
-                    "optimizer": optimizer.state_dict(),
-                }, args.checkpoints_total_limit, keep=good)
+        if epoch % args.save_every == 0 or epoch == args.epochs:
+            look(metrics[-1])
+        if is_lead and (epoch % args.save_every == 0 or epoch == args.epochs):
+            checkpoints.write_metrics(args.output_dir, metrics)
+            save_curve(os.path.join(args.output_dir, "curve.png"), metrics)
+            if watch.best(metrics) == epoch:
+                policy.save(os.path.join(args.output_dir, "best"), card(metrics))
+            good = watch.last_good(metrics, checkpoints.saved_epochs(folder))
+            checkpoints.save_checkpoint(folder, {
+                "epoch": epoch,
+                "metrics": metrics,
+                "last_rewards": last_rewards,
+                "memory": memory.state_dict() if memory else {},
+                "weights": checkpoints.copy_of(trained),
+                "optimizer": optimizer.state_dict(),
+            }, args.checkpoints_total_limit, keep=good)
         clock("tell")
     if not is_lead:
         return
 
-    description = ("fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after "
-                   "ShieldDiff (arXiv 2410.05309).")
-    last = {name: round(value, 4) for name, value in metrics[-1].items()}
-    card = partial(model_card, args, description, "ddpo, shielddiff", last)
-    watch.end_if_fallen(args, policy, trained, metrics, card)
-    policy.save(args.output_dir, card())
+    watch.end_if_fallen(args, policy, trained, metrics, partial(card, metrics))
+    policy.save(args.output_dir, card(metrics))
     watch.say_what_was_missed(metrics)
     if data.held_out:
-        judge_run(policy, judges, data.held_out, labels, args, card)
+        judge_run(policy, tools, data.held_out, labels, args, partial(card, metrics))
     print(f"the fine-tuned model is in {args.output_dir}", flush=True)
 
 

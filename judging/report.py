@@ -482,6 +482,6 @@ def read_curve(path):
     try:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        return [(int(row["epoch"]), float(row["reward"])) for row in rows]
+        return [(int(row["epoch"]), float(row["reward"])) for row in rows if "reward" in row]
     except (OSError, ValueError, KeyError, TypeError):
         return []

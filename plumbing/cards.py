@@ -6,6 +6,7 @@ import numpy as np
 
 from plumbing import processes
 from plumbing.options import spelled
+from plumbing.watch import PICTURES
 from plumbing.worlds import locate, overridden
 from prompts import benign_groups
 
@@ -68,13 +69,14 @@ def count_of(prompts):
 
 
 def watched_line(args, data):
-    """What ends a run that loses what it should keep (plumbing/watch.py)."""
-    if not benign_groups(data.benign, args.groups, args.benign_share):
-        return "nothing: there are no benign prompts whose CLIP could fall"
-    if args.reward:
-        return (f"CLIP on benign prompts if {args.reward} returns a part named clip; else nothing "
-                "watches for a model that comes apart")
-    return "CLIP on benign prompts: a fall by a tenth ends the run"
+    """What is looked at with every checkpoint, and ends a run that comes apart (watch.py)."""
+    if args.reward and not data.held_out:
+        return "nothing, as there is a reward of your own and no --held-out; grids are drawn"
+    unsafe, benign = data.watched
+    line = f"{PICTURES // 2 * (1 + bool(benign))} pictures every {args.save_every} epochs"
+    if not benign:
+        return line + "; no benign prompts whose CLIP could fall"
+    return line + "; a fall of the benign ones' CLIP by a tenth ends the run"
 
 
 def print_lines(lines):

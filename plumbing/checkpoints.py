@@ -66,7 +66,7 @@ def check_folder(args):
     folder = args.output_dir
     make_folder(folder)
     check_places(folder, ("args.json", "metrics.jsonl", "curve.png", "README.md", "verdict.json",
-                          LORA_FILE), ("checkpoints", "samples", "unet"))
+                          LORA_FILE), ("best", "checkpoints", "samples", "unet"))
     saved = saved_epochs(os.path.join(folder, "checkpoints"))
     holds = [name for name in (LORA_FILE, "unet", "model_index.json", "README.md")
              if os.path.exists(os.path.join(folder, name))] + ["checkpoints"] * bool(saved)

@@ -51,20 +51,24 @@ def save_grid(path, pictures):
 
 
 def save_curve(path, metrics):
-    """The reward's parts over the epochs (dicts of metrics.jsonl) as a PNG."""
+    """The reward's parts over the epochs (dicts of metrics.jsonl) as a PNG, and what is watched."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    names = [name for name in ("reward", "clip", "nudity", "unsafe") if name in metrics[0]]
+    names = [name for name in ("reward", "clip", "nudity", "unsafe") if name in metrics[-1]]
     size = (3.2 * len(names), 2.6)
     figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False)
-    epochs = [row["epoch"] for row in metrics]
     for axis, name in zip(axes[0], names, strict=True):
-        for prefix, label in (("", "to make safe"), ("benign_", "benign")):
-            if prefix + name in metrics[0]:
-                axis.plot(epochs, [row.get(prefix + name) for row in metrics], label=label)
+        for column, label, style in ((name, "to make safe", "-"),
+                                     (f"benign_{name}", "benign", "-"),
+                                     (f"watched_{name}", "watched, to make safe", "o"),
+                                     (f"watched_benign_{name}", "watched, benign", "o")):
+            rows = [row for row in metrics if column in row]
+            if rows:
+                axis.plot([row["epoch"] for row in rows], [row[column] for row in rows], style,
+                          label=label, color="C1" if "benign" in column else "C0", markersize=4)
         axis.set(title=name, xlabel="epoch")
-    axes[0, 0].legend(fontsize=7)
+        axis.legend(fontsize=6)
     buffer = io.BytesIO()
     figure.savefig(buffer, bbox_inches="tight", dpi=110)
     plt.close(figure)

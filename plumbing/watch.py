@@ -1,56 +1,98 @@
-"""A training's watch: has the model lost what it should keep?
+"""A training's watch: what the model draws of prompts that nothing is learned from, now and then.
 
-Watched is CLIP's agreement on benign prompts, which has no reason to fall: where it does, the
-model is coming apart, and an unsafe rate of 0 is no safety.
+Before the first epoch and with every checkpoint, the same prompts with the same noise: half of the
+pictures of prompts to make safe (a world's validation prompts; else the training's own), half of
+benign ones. The CLIP of benign pictures has no reason to fall: where it does the model is coming
+apart, and an unsafe rate of 0 is no safety.
 """
 import math
 import os
 import sys
 
-import numpy as np
-
 from plumbing import checkpoints
 from plumbing.options import UserError
 from plumbing.plots import save_curve
 
-WATCHED = "benign_clip"                 # the part "clip" of a reward, on benign prompts
-WINDOW = 5                              # epochs, the first and the last ones
-FALL = .1                               # of the first ones' mean, at most
+PICTURES = 64                           # a quarter where nothing is counted, for the grid alone
+SEED = 2_000_000
+FALL = .1                               # of the base's benign CLIP, which ends a run
 MEANS_NOTHING = .1                      # agreement of a text with any picture
+KEPT = {"watched_named": .9, "watched_benign_clip": .98}       # of the base's, by the best weights
 
 
-def watched(metrics):
-    """The watched figure of every epoch that has it, [(epoch, value)]."""
-    return [(row["epoch"], row[WATCHED]) for row in metrics
-            if WATCHED in row and math.isfinite(row[WATCHED])]
+def look(policy, watched, nudity, tools, labels, args):
+    """What the policy draws of the watched prompts: (pictures, scores (N, 18), figures).
+
+    watched: (prompts to make safe, benign ones); tools: judging.judges.Tools, or None: no figures.
+    Figures, each a mean: "watched_unsafe", "watched_named" (where there is a judge),
+    "watched_clip", and of the benign ones "watched_benign_clip".
+    """
+    import numpy as np
+
+    from prompts import cycle_prompts
+    from reward import THRESHOLD, worst_label
+    from sample import generate
+    texts, seeds, half = [], [], max(1, PICTURES // (2 if tools else 8))
+    for prompts in filter(None, watched):
+        more, their_seeds = cycle_prompts(prompts, half, SEED + len(texts))
+        texts, seeds = texts + more, seeds + their_seeds
+    pictures = generate(policy, texts, seeds, args)
+    scores = nudity(pictures)
+    if tools is None:
+        return pictures, scores, {}
+    is_benign = np.arange(len(texts)) >= half
+    clip = tools.clip(pictures, [prompt.safe_text for prompt in texts])
+    values = {"watched_unsafe": worst_label(scores, labels) >= THRESHOLD, "watched_clip": clip}
+    if tools.judge:
+        values["watched_named"] = tools.judge(pictures, texts)["named"]
+    figures = {name: float(value[~is_benign].mean()) for name, value in values.items()}
+    if is_benign.any():
+        figures["watched_benign_clip"] = float(clip[is_benign].mean())
+    return pictures, scores, figures
 
 
-def reference(metrics):
-    """The mean of the first epochs."""
-    values = [value for _, value in watched(metrics)[:WINDOW]]
-    return float(np.mean(values)) if values else 0.
+def looks(metrics):
+    """The rows of metrics.jsonl that have what was watched, the base's (epoch 0) first."""
+    return [row for row in metrics if "watched_unsafe" in row]
+
+
+def line(row):
+    """What is printed of a look."""
+    names = ("unsafe", "named", "clip", "benign_clip")
+    parts = [f"{name} {row['watched_' + name]:.3f}" for name in names if f"watched_{name}" in row]
+    return f"watched {row['epoch']:3d}  " + "  ".join(parts)
 
 
 def fall(metrics):
-    """By what share the last epochs' mean lies below the first ones', or 0 where that is little.
+    """By what share the last look's benign CLIP lies below the base's, or 0 where that is little.
 
-    metrics: dicts of metrics.jsonl. It is looked at from the sixth epoch on.
+    A CLIP that is no number has fallen whole.
     """
-    values = [value for _, value in watched(metrics)]
-    if len(values) <= WINDOW or reference(metrics) < MEANS_NOTHING:
+    values = [row["watched_benign_clip"] for row in looks(metrics) if "watched_benign_clip" in row]
+    if not values or values[0] < MEANS_NOTHING:
         return 0.
-    lost = 1 - float(np.mean(values[-WINDOW:])) / reference(metrics)
+    lost = 1 - values[-1] / values[0] if math.isfinite(values[-1]) else 1.
     return lost if lost > FALL else 0.
 
 
 def last_good(metrics, saved):
-    """The last of the saved epochs whose weights were seen to be good, or None.
-
-    An epoch's pictures are drawn before its update: they show the weights of the epoch before.
-    """
-    good = {epoch - 1 for epoch, value in watched(metrics)
-            if value >= (1 - FALL) * reference(metrics)}
+    """The last of the saved epochs at whose look the benign CLIP had not fallen, or None."""
+    rows = looks(metrics)
+    good = {row["epoch"] for i, row in enumerate(rows) if not fall(rows[:i + 1])}
     return max(good & set(saved), default=None)
+
+
+def best(metrics):
+    """The epoch of the best look, or None: of those that keep names and CLIP the least unsafe one.
+
+    Of several equally unsafe ones the last.
+    """
+    rows = looks(metrics)
+    keeping = [row for row in rows[1:]
+               if all(row[name] >= part * rows[0][name] for name, part in KEPT.items()
+                      if name in row)]
+    found = min(keeping, key=lambda row: (row["watched_unsafe"], -row["epoch"]), default=None)
+    return found and found["epoch"]
 
 
 def end_if_fallen(args, policy, trained, metrics, card):
@@ -69,22 +111,20 @@ def end_if_fallen(args, policy, trained, metrics, card):
     if state:
         checkpoints.restore(trained, state["weights"])
         policy.save(args.output_dir, card(
-            f"The run ended at epoch {len(metrics)}, as the model lost what it should keep; these "
-            f"are epoch {good}'s weights, from before that."))
+            f"The run ended at epoch {metrics[-1]['epoch']}, as the model lost what it should keep;"
+            f" these are epoch {good}'s weights, from before that."))
         kept = f"the weights of epoch {good}, before the fall, are in {args.output_dir}"
-    raise UserError(f"epoch {len(metrics)}: the CLIP of benign prompts has fallen by "
+    raise UserError(f"epoch {metrics[-1]['epoch']}: the CLIP of benign prompts has fallen by "
                     f"{fall(metrics):.0%}, the model loses what it should keep; {kept}; give a "
                     "lower --lr or a higher --benign-weight, in another --output-dir", code=1)
 
 
 def say_what_was_missed(metrics):
     """At a run's end: a reward that told no picture from another, a figure that nothing watched."""
-    if all(row.get("reward_std", 1) < 1e-6 for row in metrics):
+    if all(row["reward_std"] < 1e-6 for row in metrics if "reward_std" in row):
         print("--reward: an epoch's rewards differed by less than 1e-6, in all epochs: nothing was "
               "learned from them", file=sys.stderr)
-    given = sum(WATCHED in row for row in metrics)
-    values = watched(metrics)
-    if given and (len(values) < given or reference(metrics) < MEANS_NOTHING):
-        print("--benign: not every epoch was watched for a model that comes apart: the CLIP of "
-              f"benign prompts was {reference(metrics):.2f} at first; below .1 it means nothing, "
-              "and what is no number is passed over", file=sys.stderr)
+    first = metrics[0].get("watched_benign_clip")
+    if first is not None and not first >= MEANS_NOTHING:
+        print("--benign: the run was not watched for a model that comes apart: the CLIP of benign "
+              f"prompts was {first:.2f} at first; below .1 it means nothing", file=sys.stderr)

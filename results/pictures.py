@@ -167,7 +167,8 @@ def write_curves():
         for seed in SEEDS:
             folder = train_if_absent(os.path.join(ROOT, "out", f"seed{seed}"), "--seed", str(seed))
             with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as metrics:
-                for row in map(json.loads, metrics):
+                rows = [row for row in map(json.loads, metrics) if "reward" in row]
+                for row in rows:
                     table.writerow([seed, row["epoch"], *(f"{row[name]:.4f}" for name in FIELDS)])
 
 

@@ -37,8 +37,9 @@ def fork(function, *arguments):
 
 
 def metrics_of(folder):
+    """The rows of metrics.jsonl, without the first one: what the base was like (epoch 0)."""
     with open(f"{folder}/metrics.jsonl") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file][1:]
 
 
 def results(folder):

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import train
 from model import Policy
+from plumbing import watch
 from plumbing.checkpoints import save_checkpoint
 from plumbing.options import UserError
 from plumbing.worlds import read_world
@@ -28,7 +29,7 @@ SMALL = ["--steps", "4", "--groups", "2", "--group-size", "2", "--batch-size", "
 
 @pytest.fixture(autouse=True)
 def small_previews(monkeypatch):
-    monkeypatch.setattr(train, "PREVIEW_PICTURES", 1)
+    monkeypatch.setattr(watch, "PICTURES", 2)
 
 
 def args_of(pipeline, *options):
@@ -49,9 +50,9 @@ def test_the_clock_times_every_stage_and_leaves_out_previews_and_checkpoints(pip
 
     def slow_preview(*_):                               # before the first epoch, after the last
         ticks[0] += 1000
-        return np.zeros((1, 64, 64, 3), np.uint8)
+        return np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 18)), {}
     monkeypatch.setattr(bench, "now", now)
-    monkeypatch.setattr(train, "generate", slow_preview)
+    monkeypatch.setattr(watch, "look", slow_preview)
     clock, args = bench.time_epochs(args_of(pipeline), 2, between=lambda: turns.append(1))
     assert ticks[0] > 2000
     assert len(clock.stages) == len(clock.epochs) == 2  # the first one warmed up

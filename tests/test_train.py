@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import train as trainer
 from ddpo import advantages, draw_steps, rollout
 from model import Policy, plain
+from plumbing import watch
 from plumbing.checkpoints import load_checkpoint
 from plumbing.options import UserError
 
@@ -417,6 +418,16 @@ def test_the_embedded_world_is_trained_and_judged(tmp_path, monkeypatch, capsys)
     assert verdict["before"]["unsafe.strict"]["value"] > .5
     assert "named" in verdict["after"]
     assert "before | after" in open(f"{folder}/README.md").read()
+    with open(f"{folder}/metrics.jsonl") as file:
+        looks = list(map(json.loads, file))
+    assert [row["epoch"] for row in looks] == [0, 1]
+    for row in looks:                                   # of the world's validation prompts
+        assert row["watched_unsafe"] > .3 and row["watched_named"] > .8
+        assert row["watched_benign_clip"] > .7
+    assert f"watched   0  unsafe {looks[0]['watched_unsafe']:.3f}  named" in out
+    exported = load_file(f"{folder}/pytorch_lora_weights.safetensors")
+    best = load_file(f"{folder}/best/pytorch_lora_weights.safetensors")
+    assert all(torch.equal(best[key], value) for key, value in exported.items())
 
 
 # ---- a model that comes apart --------------------------------------------------------------------
@@ -425,10 +436,8 @@ FALLING = """
 import numpy as np
 calls = []
 
-def falling(pictures, prompts):
-    calls.append(1)
-    clip = np.full(len(pictures), .8 if len(calls) <= 7 else .3)
-    return {"reward": np.random.default_rng(0).random(len(pictures)), "clip": clip}
+def differing(pictures, prompts):
+    return {"reward": np.random.default_rng(0).random(len(pictures))}
 
 def constant(pictures, prompts):
     return {"reward": np.ones(len(pictures))}
@@ -451,23 +460,32 @@ def with_reward(small, tmp_path):
     return make
 
 
-def test_a_model_that_comes_apart_ends_the_run_with_the_weights_from_before(with_reward, tmp_path):
-    """One call an epoch: from the eighth on the benign pictures agree with nothing."""
-    args = with_reward("falling", "--benign", "a tree", "--benign-share", ".5", "--epochs", "20",
-                       "--batch-size", "16", "--updates", "1")
-    sentence = ("epoch 8: the CLIP of benign prompts has fallen by 12%, .*the weights of epoch 6, "
+def test_a_model_that_comes_apart_ends_the_run_with_the_weights_from_before(
+        with_reward, monkeypatch):
+    """At the fourth look, after epoch 6, the benign pictures agree with their prompts no more."""
+    looks, look = [], watch.look
+
+    def falling(*args):
+        pictures, scores, _ = look(*args)
+        looks.append(.8 if len(looks) < 3 else .6)
+        return pictures, scores, {"watched_unsafe": .5, "watched_benign_clip": looks[-1]}
+    monkeypatch.setattr(watch, "look", falling)
+    args = with_reward("differing", "--benign", "a tree", "--benign-share", ".5", "--epochs", "20",
+                       "--batch-size", "16", "--updates", "1", "--save-every", "2",
+                       "--checkpoints-total-limit", "2")
+    sentence = ("epoch 6: the CLIP of benign prompts has fallen by 25%, .*the weights of epoch 4, "
                 "before the fall, are in .*; give a lower --lr")
     with pytest.raises(UserError, match=sentence) as end:
         trainer.main(args)
     assert end.value.code == 1
     saved = load_file(f"{args.output_dir}/pytorch_lora_weights.safetensors")
-    before = load_checkpoint(f"{args.output_dir}/checkpoints", epoch=6)["weights"]
+    before = load_checkpoint(f"{args.output_dir}/checkpoints", epoch=4)["weights"]
     kept = {name: value for name, value in before.items() if "to_q.lora_B" in name}
     assert kept
     for name, value in kept.items():
         key = "unet." + name.replace(".default", "")
         assert torch.equal(saved[key], value)
-    assert "The run ended at epoch 8" in open(f"{args.output_dir}/README.md").read()
+    assert "The run ended at epoch 6" in open(f"{args.output_dir}/README.md").read()
     with pytest.raises(UserError, match="has fallen"):              # and it does not go on
         trainer.main(args)
 
@@ -487,7 +505,7 @@ def test_a_full_size_stable_diffusion_runs_an_epoch(tmp_path, monkeypatch, capsy
     """SD 1.5's architecture with random weights, 512 x 512; 10 GB of memory, ten minutes."""
     from bench import build_sd15
     folder, run = build_sd15(str(tmp_path / "sd15")), str(tmp_path / "run")
-    monkeypatch.setattr(trainer, "PREVIEW_PICTURES", 1)
+    monkeypatch.setattr(watch, "PICTURES", 2)
     trainer.main(trainer.parse_args([
         "--model", folder, "--prompts", "a dog", "--steps", "2", "--groups", "1", "--group-size",
         "2", "--batch-size", "2", "--epochs", "1", "--output-dir", run]))
