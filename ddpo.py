@@ -80,6 +80,20 @@ def log_prob(x_prev, mean, sigma):
     return element.flatten(1).mean(1)
 
 
+def elbo(predict, x0, noise, schedule, k, prediction_type="epsilon"):
+    """Minus the denoising loss of a finished latent x0, noised anew to step k's timestep: (B,).
+
+    A bound of log p(x0), up to constants, averaged over latent elements: what AWM (arXiv
+    2509.25050) puts where DDPO has the `log_prob` of the trajectory's steps. It looks at the
+    picture and not at the luck of each step, so that its gradient is less noisy.
+    x0, noise: (B, C, h, w), the noise standard normal; k: as in step_mean.
+    """
+    a_t = schedule.a_t[k].view(-1, 1, 1, 1)
+    output = predict(a_t.sqrt() * x0 + (1 - a_t).sqrt() * noise, schedule.t[k]).float()
+    target = velocity(x0, noise, a_t) if prediction_type == "v_prediction" else noise
+    return -mean_distance(output, target)
+
+
 def step_mean(predict, x, schedule, k, prediction_type="epsilon"):
     """The mean of step k (one number, or one per row, (B,)) from latents x, and its sigma.
 

@@ -72,6 +72,9 @@ def parse_args(argv=None):
     g.add_argument("--updates", type=at_least(1), help="updates per epoch")
     g.add_argument("--timestep-fraction", type=share_above_0,
                    help="share of the steps that is learned from, the noisiest ones")
+    g.add_argument("--loss", choices=["ddpo", "elbo"], default="ddpo",
+                   help="PPO on the log-probability of the denoising steps (DDPO), or on the "
+                        "denoising loss of the finished picture (AWM)")
     g.add_argument("--advantage", choices=["batch", "prompt", "memory"],
                    help="batch, prompt: subtract the prompt's mean, divide by the standard "
                         "deviation of the batch, or of the prompt; memory: mean and deviation of "
@@ -109,6 +112,7 @@ from ddpo import (
     advantages,
     draw_noise,
     draw_steps,
+    elbo,
     log_prob,
     mean_distance,
     pairs,
@@ -122,10 +126,10 @@ from model import Policy, guidance_of, plain
 from plumbing.cards import epoch_line, learned_steps, model_card, run_card, summary
 from plumbing.devices import DTYPES, choose_device, copy_to_cpu, scoring_thread
 from plumbing.files import write
-from plumbing.plots import censor, save_curve, save_grid
+from plumbing.plots import save_curve
 from plumbing.user_reward import load_reward, score
 from prompts import benign_groups, draw, training_prompts
-from reward import ClipScore, Nudity, is_flagged, parse_labels, shield_reward
+from reward import ClipScore, Nudity, parse_labels, shield_reward
 from sample import check_texts
 
 DESCRIPTION = ("fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity reward, after "
@@ -201,7 +205,8 @@ def main(args, clock=lambda stage: None):
     learned = range(learned_steps(args))                # the noisiest steps
     pictures_per_epoch = args.groups * args.group_size
     local = processes.local_share(pictures_per_epoch, args.updates)         # (n,) our pictures
-    keeps_graph = policy.keeps_graph(args.updates, len(local) * len(learned))
+    keeps_graph = (args.loss == "ddpo"
+                   and policy.keeps_graph(args.updates, len(local) * len(learned)))
     with_graph = learned if keeps_graph else ()         # then no second forward is needed
     if args.compile:
         rows = args.batch_size * (1 if args.guidance == 1 else 2)
@@ -234,6 +239,11 @@ def main(args, clock=lambda stage: None):
         predict = plain(policy, asked, guidance_of(own, args.guidance))
         return step_mean(predict, x, schedule, k, policy.prediction_type)
 
+    def bound(x0, noise, k, asked):
+        """What --loss elbo has for the log-probability of x0 (b,)."""
+        predict = plain(policy, asked, guidance_of(asked, args.guidance))
+        return elbo(predict, x0, noise, schedule, k, policy.prediction_type)
+
     def card(metrics, verdict=""):
         last = {name: round(value, 4) for name, value in metrics[-1].items()}
         return model_card(args, DESCRIPTION, "ddpo, shielddiff", last, verdict)
@@ -242,16 +252,10 @@ def main(args, clock=lambda stage: None):
         return score(reward_fn, pictures(), texts, args.reward)
 
     def look(row):
-        """Add to a row of metrics what is watched now, in every process; save a grid of it."""
-        seen = {}
-        if is_lead:
-            pictures, scores, seen = watch.look(policy, data.watched, nudity, tools, labels, args)
-            shown = censor(pictures, is_flagged(scores, labels), policy.world.harmless)
-            name = f"epoch_{row['epoch']:04d}.png"
-            save_grid(os.path.join(args.output_dir, "samples", name), shown)
+        """Add to a row of metrics what is watched now, in every process."""
+        seen = watch.look(policy, data.watched, nudity, tools, labels, args, row["epoch"]) \
+            if is_lead else {}
         row |= processes.gather(seen)[0]
-        if seen:
-            tqdm.write(watch.line(row))
 
     if not metrics:
         metrics.append({"epoch": 0})                    # the base's
@@ -312,6 +316,12 @@ def main(args, clock=lambda stage: None):
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
         # and two pulls on the means of two steps, a learned one and another: of benign pictures
         # towards what the base draws, of those with a safe_text to what the policy draws of that
+        if args.loss == "elbo":                         # the same noise for new and old weights
+            fresh = draw_noise(rng.integers(2 ** 62, size=len(texts))[local], len(learned) - 1,
+                               policy.latent_shape()).to(policy.device)  # (n, learned, C, h, w)
+            with torch.no_grad():
+                for i, k in pairs(np.arange(len(local)), learned, args.batch_size):
+                    old_log_probs[i, k] = bound(latents[i, -1], fresh[i, k], k, texts[local[i]])
         records = []
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
                  ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
@@ -323,11 +333,13 @@ def main(args, clock=lambda stage: None):
             batch_size = len(rows) * len(learned) if with_graph else args.batch_size
             for i, k in pairs(rewarded, learned, batch_size):
                 batch_texts = texts[local[i]]
-                if with_graph:
-                    mean, sigma = means[i, k], schedule.sigma[k].view(-1, 1, 1, 1)
+                if args.loss == "elbo":
+                    log_p = bound(latents[i, -1], fresh[i, k], k, batch_texts)          # (b,)
                 else:
-                    mean, sigma = step(latents[i, k], k, batch_texts, batch_texts)
-                log_p = log_prob(latents[i, k + 1], mean, sigma)                        # (b,)
+                    mean, sigma = (
+                        (means[i, k], schedule.sigma[k].view(-1, 1, 1, 1)) if with_graph
+                        else step(latents[i, k], k, batch_texts, batch_texts))
+                    log_p = log_prob(latents[i, k + 1], mean, sigma)                    # (b,)
                 # the first update is on-policy: the ratio is 1 exactly, although another batch
                 # shape than sampling's may round otherwise
                 old = log_p.detach() if update == 0 else old_log_probs[i, k]

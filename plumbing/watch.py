@@ -11,7 +11,7 @@ import sys
 
 from plumbing import checkpoints
 from plumbing.options import UserError
-from plumbing.plots import save_curve
+from plumbing.plots import censor, save_curve, save_grid
 
 PICTURES = 64                           # a quarter where nothing is counted, for the grid alone
 SEED = 2_000_000
@@ -20,8 +20,8 @@ MEANS_NOTHING = .1                      # agreement of a text with any picture
 KEPT = {"watched_named": .9, "watched_benign_clip": .98}       # of the base's, by the best weights
 
 
-def look(policy, watched, nudity, tools, labels, args):
-    """What the policy draws of the watched prompts: (pictures, scores (N, 18), figures).
+def look(policy, watched, nudity, tools, labels, args, epoch):
+    """Draw the watched prompts, save a grid of them, print and return the figures.
 
     watched: (prompts to make safe, benign ones); tools: judging.judges.Tools, or None: no figures.
     Figures, each a mean: "watched_unsafe", "watched_named" (where there is a judge),
@@ -30,7 +30,7 @@ def look(policy, watched, nudity, tools, labels, args):
     import numpy as np
 
     from prompts import cycle_prompts
-    from reward import THRESHOLD, worst_label
+    from reward import THRESHOLD, is_flagged, worst_label
     from sample import generate
     texts, seeds, half = [], [], max(1, PICTURES // (2 if tools else 8))
     for prompts in filter(None, watched):
@@ -38,29 +38,27 @@ def look(policy, watched, nudity, tools, labels, args):
         texts, seeds = texts + more, seeds + their_seeds
     pictures = generate(policy, texts, seeds, args)
     scores = nudity(pictures)
+    shown = censor(pictures, is_flagged(scores, labels), policy.world.harmless)
+    save_grid(os.path.join(args.output_dir, "samples", f"epoch_{epoch:04d}.png"), shown)
     if tools is None:
-        return pictures, scores, {}
+        return {}
     is_benign = np.arange(len(texts)) >= half
     clip = tools.clip(pictures, [prompt.safe_text for prompt in texts])
-    values = {"watched_unsafe": worst_label(scores, labels) >= THRESHOLD, "watched_clip": clip}
+    values = {"watched_unsafe": worst_label(scores, labels) >= THRESHOLD}
     if tools.judge:
         values["watched_named"] = tools.judge(pictures, texts)["named"]
+    values["watched_clip"] = clip
     figures = {name: float(value[~is_benign].mean()) for name, value in values.items()}
     if is_benign.any():
         figures["watched_benign_clip"] = float(clip[is_benign].mean())
-    return pictures, scores, figures
+    print(f"watched {epoch:3d}  " + "  ".join(f"{name.removeprefix('watched_')} {value:.3f}"
+                                              for name, value in figures.items()), flush=True)
+    return figures
 
 
 def looks(metrics):
     """The rows of metrics.jsonl that have what was watched, the base's (epoch 0) first."""
     return [row for row in metrics if "watched_unsafe" in row]
-
-
-def line(row):
-    """What is printed of a look."""
-    names = ("unsafe", "named", "clip", "benign_clip")
-    parts = [f"{name} {row['watched_' + name]:.3f}" for name in names if f"watched_{name}" in row]
-    return f"watched {row['epoch']:3d}  " + "  ".join(parts)
 
 
 def fall(metrics):

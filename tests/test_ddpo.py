@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
 from ddpo import (
@@ -14,6 +15,7 @@ from ddpo import (
     denoise,
     draw_noise,
     draw_steps,
+    elbo,
     log_prob,
     mean_distance,
     pairs,
@@ -55,6 +57,20 @@ def test_the_step_equals_diffusers_ddim(steps, eta, kind):
         assert torch.allclose(mean + ours.sigma[k] * z, drawn, atol=2e-5, rtol=1e-5)
         variance = theirs._get_variance(t, t - 1000 // steps)
         assert math.isclose(ours.sigma[k].item(), eta * variance.sqrt().item(), rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_elbo_is_minus_the_loss_of_diffusers_training_scripts(prediction_type):
+    theirs = DDIMScheduler(prediction_type=prediction_type)
+    schedule = ddim_schedule(theirs.alphas_cumprod, [801, 601, 401, 201, 1], 1.)
+    x0, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    k = torch.tensor([0, 2, 4])
+    noisy = theirs.add_noise(x0, noise, schedule.t[k])
+    target = noise if prediction_type == "epsilon" else theirs.get_velocity(x0, noise,
+                                                                            schedule.t[k])
+    loss = F.mse_loss(.3 * noisy, target, reduction="none").mean((1, 2, 3))
+    ours = elbo(lambda x, t: .3 * x, x0, noise, schedule, k, prediction_type)
+    assert torch.allclose(ours, -loss, atol=1e-5)
 
 
 def test_the_velocity_is_diffusers_own():

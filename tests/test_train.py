@@ -17,7 +17,7 @@ from runs import differing, fork, metrics_of, train, without
 from safetensors.torch import load_file
 
 import train as trainer
-from ddpo import advantages, draw_steps, rollout
+from ddpo import advantages, draw_noise, draw_steps, rollout
 from model import Policy, plain
 from plumbing import watch
 from plumbing.checkpoints import load_checkpoint
@@ -267,6 +267,10 @@ def recorded(monkeypatch):
         record["advantage"] = advantages(rewards, prompts, *rest)
         return record["advantage"]
 
+    def recording_noise(*args):
+        record["noise"] = draw_noise(*args)             # the last one drawn: --loss elbo's
+        return record["noise"]
+
     def recording_steps(*args):
         record["pull_steps"] = draw_steps(*args)
         return record["pull_steps"]
@@ -283,6 +287,7 @@ def recorded(monkeypatch):
     Held.seen.clear()
     monkeypatch.setattr(trainer, "rollout", recording_rollout)
     monkeypatch.setattr(trainer, "advantages", recording_advantages)
+    monkeypatch.setattr(trainer, "draw_noise", recording_noise)
     monkeypatch.setattr(trainer, "draw_steps", recording_steps)
     monkeypatch.setattr(trainer, "Policy", RandomLora)
     monkeypatch.setattr(trainer.torch.optim, "AdamW", Held)
@@ -343,6 +348,35 @@ def test_an_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, updat
         off = torch.cat([(g - h).flatten() for g, h in zip(gradients, by_hand, strict=True)]).norm()
         assert size > 0 and off / size < 1e-4
     assert metrics_of(args.output_dir)[0]["clipped_share"] == 0
+
+
+@pytest.mark.parametrize("updates, batch_size", [(1, 16), (2, 3)])
+def test_an_elbo_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, updates,
+                                                     batch_size):
+    """Of A times the denoising loss of each finished latent, at its learned steps' timesteps."""
+    args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--epochs", "1",
+                               "--updates", str(updates), "--batch-size", str(batch_size),
+                               "--guidance", "2", "--dtype", "fp32", "--device", "cpu",
+                               "--loss", "elbo"])
+    trainer.main(args)
+    policy, trained = recorded["policy"], list(recorded["trained"].values())
+    schedule, x0 = policy.schedule(4), torch.cat(recorded["latents"])[:, -1]
+    assert len(Held.seen) == updates and recorded["noise"].shape == (16, 2, *x0.shape[1:])
+    for update, gradients in enumerate(Held.seen):
+        part = np.arange(16).reshape(updates, -1)[update]
+        for i in part.tolist():
+            for k in (0, 1):
+                a, noise = schedule.a_t[k], recorded["noise"][i:i + 1, k]
+                x = a.sqrt() * x0[i:i + 1] + (1 - a).sqrt() * noise
+                eps = plain(policy, [recorded["prompts"][i]], 2.)(x, schedule.t[k])
+                off = (eps - noise).pow(2).mean()       # the small model predicts the noise
+                (recorded["advantage"][i] * off / (2 * len(part))).backward()
+        size = torch.cat([p.grad.flatten() for p in trained]).norm()
+        off = torch.cat([(g - p.grad).flatten()
+                         for g, p in zip(gradients, trained, strict=True)]).norm()
+        assert size > 0 and off / size < 1e-4
+        for p in trained:
+            p.grad = None
 
 
 @pytest.mark.parametrize("updates, batch_size", [(1, 16), (2, 3)])
@@ -466,9 +500,9 @@ def test_a_model_that_comes_apart_ends_the_run_with_the_weights_from_before(
     looks, look = [], watch.look
 
     def falling(*args):
-        pictures, scores, _ = look(*args)
+        look(*args)
         looks.append(.8 if len(looks) < 3 else .6)
-        return pictures, scores, {"watched_unsafe": .5, "watched_benign_clip": looks[-1]}
+        return {"watched_unsafe": .5, "watched_benign_clip": looks[-1]}
     monkeypatch.setattr(watch, "look", falling)
     args = with_reward("differing", "--benign", "a tree", "--benign-share", ".5", "--epochs", "20",
                        "--batch-size", "16", "--updates", "1", "--save-every", "2",

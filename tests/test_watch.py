@@ -53,7 +53,8 @@ def test_the_best_look_is_the_safest_of_those_that_keep_names_and_clip():
     assert watch.best(nameless) == 2
 
 
-def test_a_look_draws_the_same_prompts_and_seeds_and_counts_each_half(monkeypatch):
+def test_a_look_draws_the_same_prompts_and_seeds_and_counts_each_half(
+        monkeypatch, tmp_path, capsys):
     drawn = []
 
     def generate(policy, texts, seeds, args):
@@ -71,16 +72,20 @@ def test_a_look_draws_the_same_prompts_and_seeds_and_counts_each_half(monkeypatc
         clip=lambda pictures, texts: np.array([len(text) for text in texts], np.float32),
         judge=lambda pictures, texts: {"named": np.array([text == "a dog" for text in texts])})
     watched = ([Prompt("a dog"), Prompt("a hog")], [Prompt("a lamp")])
-    _, scores, figures = watch.look(None, watched, nudity, tools, ["BELLY_EXPOSED"], None)
-    assert figures == {"watched_unsafe": .5, "watched_named": .5, "watched_clip": 5.,
-                       "watched_benign_clip": 6.}
-    assert scores.shape == (8, 18)
-    watch.look(None, watched, nudity, tools, ["FACE_MALE"], None)
+    policy = SimpleNamespace(world=SimpleNamespace(harmless=True))
+    args = SimpleNamespace(output_dir=str(tmp_path))
+
+    def look(watched, tools, label):
+        return watch.look(policy, watched, nudity, tools, [label], args, 3)
+    assert look(watched, tools, "BELLY_EXPOSED") == {
+        "watched_unsafe": .5, "watched_named": .5, "watched_clip": 5., "watched_benign_clip": 6.}
+    assert "watched   3  unsafe 0.500  named 0.500  clip 5.000" in capsys.readouterr().out
+    assert (tmp_path / "samples" / "epoch_0003.png").exists()
+    assert look(watched, tools, "FACE_MALE")["watched_unsafe"] == .25
     assert drawn[0] == drawn[1] and len(set(drawn[0][1])) == 8
     assert drawn[0][0] == ["a dog", "a hog"] * 2 + ["a lamp"] * 4
-    assert "watched_benign_clip" not in watch.look(None, (watched[0], []), nudity, tools,
-                                                   ["FACE_MALE"], None)[2]
-    assert watch.look(None, watched, nudity, None, ["FACE_MALE"], None)[2] == {}
+    assert "watched_benign_clip" not in look((watched[0], []), tools, "FACE_MALE")
+    assert look(watched, None, "FACE_MALE") == {} and len(drawn[-1][0]) == 2
 
 
 def test_a_clip_that_means_nothing_is_said_at_the_end(capsys):
