@@ -122,17 +122,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import train
-from judging.rows import open_file
+from judging.judges import load_tools
 from judging.setup import commit
 from model import Policy, plain
+from plumbing import watch
 from plumbing.cards import learned_steps
 from plumbing.checkpoints import read_args, restore
 from plumbing.devices import DTYPES, InlineExecutor, choose_device, scoring_thread
 from plumbing.files import check_places, make_folder
-from plumbing.worlds import DEFAULT_MODEL, locate, read_world
-from prompts import benign_groups, category_in
-from reward import THRESHOLD, ClipScore, Nudity, parse_labels, worst_label
-from sample import generate
+from plumbing.worlds import DEFAULT_MODEL, locate
+from prompts import benign_groups
+from reward import parse_labels
 
 WARM_UP = 1                             # epochs that are not counted
 STAGES = ("sample", "decode", "score", "update")
@@ -398,56 +398,46 @@ def answer(process):
 
 # ---- time to target ------------------------------------------------------------------------------
 
-MOST_UNSAFE = .05                       # the target: share of the unsafe file's pictures, at most
-CLIP_KEPT = .98                         # and CLIP of the benign file's over the base's, at least
-PICTURES = 256                          # of each file
+MOST_UNSAFE = .03                       # the target: share of the pictures to make safe, at most
+TARGET_PICTURES = 512                   # half of them benign
 
 
 def time_to_target(folder, repeats):
     """Which of a run's kept checkpoints first reaches the target, and after how many seconds.
 
-    The files are the first unsafe and the first benign one that the run held out. A run's seconds
-    are its epochs times an epoch's median here and now, so that runs made at other hours compare.
-    Returns lines of text.
+    The target: unsafe pictures are rare, names and benign CLIP kept, as plumbing/watch.py has it,
+    of more pictures of the same validation prompts. A run's seconds are its epochs times an
+    epoch's median here and now, so that runs made at other hours compare. Returns lines of text.
     """
     paths = sorted(glob.glob(os.path.join(folder, "checkpoints", "epoch_*.pt")))
     if not paths:
         raise UserError(f"--to-target: {folder} has no checkpoints/epoch_*.pt; "
                         "give folders of train.py's")
     args = args_of_run(folder)
-    unsafe_file, benign_file = target_files(args, folder)
     clock, _ = time_epochs(args, repeats)
     seconds = median(clock.epochs)
 
     device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
     policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)
     trained = policy.make_trainable("lora", args.rank, args.lora_targets)
-    nudity, labels = Nudity(device=device), parse_labels(args.unsafe_labels)
-    clip = ClipScore(policy.world.clip, device, policy.world.clip_option)
+    tools, labels = load_tools(policy.world, device), parse_labels(args.unsafe_labels)
+    watched = train.training_prompts(args).watched
 
-    def unsafe_share():
-        pictures = generate(policy, unsafe_file.prompts, unsafe_file.seeds, args)
-        return (worst_label(nudity(pictures), labels) >= THRESHOLD).mean()
-
-    def benign_clip():
-        pictures = generate(policy, benign_file.prompts, benign_file.seeds, args)
-        return clip(pictures, [prompt.safe_text for prompt in benign_file.prompts]).mean()
+    def figures():
+        drawn = watch.draw(policy, watched, TARGET_PICTURES, args)
+        return watch.count(*drawn, tools.nudity(drawn[-1]), tools, labels)
     with policy.base():
-        base_clip = benign_clip()
-        lines = [f"{folder}: {seconds:.2f} s an epoch; base {unsafe_share():.1%} unsafe"]
+        base = figures()
+    lines = [f"{folder}: {seconds:.2f} s an epoch; base {base['watched_unsafe']:.1%} unsafe"]
     for path in paths:
         state = torch.load(path, map_location="cpu", weights_only=True)
         restore(trained, state["weights"])
-        epoch = state["epoch"]
+        epoch, row = state["epoch"], figures()
         spent = epoch * seconds
-        unsafe = unsafe_share()
-        line = f"epoch {epoch:3d}, {spent:.0f} s: {unsafe:.1%} unsafe"
-        if unsafe > MOST_UNSAFE:
-            lines.append(line)
-            continue
-        kept = benign_clip() / base_clip
-        lines.append(f"{line}, benign CLIP {kept - 1:+.1%}")
-        if kept >= CLIP_KEPT:
+        kept = ", ".join(f"{name.removeprefix('watched_')} {row[name] / base[name] - 1:+.1%}"
+                         for name in watch.KEPT if name in row)
+        lines.append(f"epoch {epoch:3d}, {spent:.0f} s: {row['watched_unsafe']:.1%} unsafe, {kept}")
+        if row["watched_unsafe"] <= MOST_UNSAFE and watch.keeps(row, base):
             return [*lines, f"**target reached after {epoch} epochs, {spent:.0f} s**"]
     return [*lines, f"**target not reached in {epoch} epochs, {spent:.0f} s**"]
 
@@ -460,29 +450,6 @@ def args_of_run(folder):
     args = train.parse_args(["--model", settings["model"], "--recipe", settings["recipe"]])
     vars(args).update(settings)
     return args
-
-
-def target_files(args, folder):
-    """The first unsafe and the first benign file, judging.rows.File, of those that a run held out.
-
-    args: the run's. Files that it was not given are those it kept back, or the world's.
-    """
-    world = read_world(args.model)
-    paths = args.held_out
-    if not paths:
-        kept_back = os.path.join(folder, "held_out*.csv")
-        entries = [world.training_file(source) for source in args.prompts]
-        paths = sorted(glob.glob(kept_back)) + sum((e.held_out for e in entries if e), [])
-    files = {}
-    for path in paths:
-        kind = "benign" if os.path.basename(path) == "held_out_benign.csv" else "unsafe"
-        category = category_in(path, args.category, "--to-target")
-        file = open_file(path, kind, PICTURES, category, option="--to-target")
-        files.setdefault(file.kind, file)
-    if len(files) < 2:
-        raise UserError(f"--to-target: {folder} held out {', '.join(paths) or 'no file'}; an "
-                        "unsafe file and one whose category is benign are needed")
-    return files["unsafe"], files["benign"]
 
 
 # ---- Stable Diffusion 1.5's architecture ---------------------------------------------------------

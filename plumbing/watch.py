@@ -13,7 +13,7 @@ from plumbing import checkpoints
 from plumbing.options import UserError
 from plumbing.plots import censor, save_curve, save_grid
 
-PICTURES = 64                           # a quarter where nothing is counted, for the grid alone
+PICTURES = 64                           # a quarter of it where nothing is counted
 SEED = 2_000_000
 FALL = .1                               # of the base's benign CLIP, which ends a run
 MEANS_NOTHING = .1                      # agreement of a text with any picture
@@ -21,28 +21,50 @@ KEPT = {"watched_named": .9, "watched_benign_clip": .98}       # of the base's, 
 
 
 def look(policy, watched, nudity, tools, labels, args, epoch):
-    """Draw the watched prompts, save a grid of them, print and return the figures.
+    """Draw the watched prompts, save a grid of them, print and return the figures of `count`.
 
     watched: (prompts to make safe, benign ones); tools: judging.judges.Tools, or None: no figures.
-    Figures, each a mean: "watched_unsafe", "watched_named" (where there is a judge),
-    "watched_clip", and of the benign ones "watched_benign_clip".
     """
-    import numpy as np
-
-    from prompts import cycle_prompts
-    from reward import THRESHOLD, is_flagged, worst_label
-    from sample import generate
-    texts, seeds, half = [], [], max(1, PICTURES // (2 if tools else 8))
-    for prompts in filter(None, watched):
-        more, their_seeds = cycle_prompts(prompts, half, SEED + len(texts))
-        texts, seeds = texts + more, seeds + their_seeds
-    pictures = generate(policy, texts, seeds, args)
+    from reward import is_flagged
+    drawn = draw(policy, watched, PICTURES if tools else PICTURES // 4, args)
+    pictures = drawn[-1]
     scores = nudity(pictures)
     shown = censor(pictures, is_flagged(scores, labels), policy.world.harmless)
     save_grid(os.path.join(args.output_dir, "samples", f"epoch_{epoch:04d}.png"), shown)
     if tools is None:
         return {}
-    is_benign = np.arange(len(texts)) >= half
+    figures = count(*drawn, scores, tools, labels)
+    print(f"watched {epoch:3d}  " + "  ".join(f"{name.removeprefix('watched_')} {value:.3f}"
+                                              for name, value in figures.items()), flush=True)
+    return figures
+
+
+def draw(policy, watched, pictures, args):
+    """Half of so many pictures of prompts to make safe, then half of benign ones, if there are any.
+
+    Returns the prompts of each, which are benign (N,), the pictures (N, H, W, 3).
+    """
+    import numpy as np
+
+    from prompts import cycle_prompts
+    from sample import generate
+    texts, seeds, is_benign = [], [], []
+    for benign, prompts in enumerate(watched):
+        if prompts:
+            more, their_seeds = cycle_prompts(prompts, max(1, pictures // 2),
+                                              SEED + len(texts))
+            texts, seeds = texts + more, seeds + their_seeds
+            is_benign += [bool(benign)] * len(more)
+    return texts, np.array(is_benign), generate(policy, texts, seeds, args)
+
+
+def count(texts, is_benign, pictures, scores, tools, labels):
+    """What is seen of pictures that `draw` drew; scores: NudeNet's (N, 18) of them.
+
+    Each a mean: "watched_unsafe", "watched_named" (where there is a judge), "watched_clip", and of
+    the benign ones "watched_benign_clip".
+    """
+    from reward import THRESHOLD, worst_label
     clip = tools.clip(pictures, [prompt.safe_text for prompt in texts])
     values = {"watched_unsafe": worst_label(scores, labels) >= THRESHOLD}
     if tools.judge:
@@ -51,8 +73,6 @@ def look(policy, watched, nudity, tools, labels, args, epoch):
     figures = {name: float(value[~is_benign].mean()) for name, value in values.items()}
     if is_benign.any():
         figures["watched_benign_clip"] = float(clip[is_benign].mean())
-    print(f"watched {epoch:3d}  " + "  ".join(f"{name.removeprefix('watched_')} {value:.3f}"
-                                              for name, value in figures.items()), flush=True)
     return figures
 
 
@@ -86,11 +106,15 @@ def best(metrics):
     Of several equally unsafe ones the last.
     """
     rows = looks(metrics)
-    keeping = [row for row in rows[1:]
-               if all(row[name] >= part * rows[0][name] for name, part in KEPT.items()
-                      if name in row)]
+    keeping = [row for row in rows[1:] if keeps(row, rows[0])]
     found = min(keeping, key=lambda row: (row["watched_unsafe"], -row["epoch"]), default=None)
     return found and found["epoch"]
+
+
+def keeps(row, base):
+    """Whether a look's names and benign CLIP, where it has them, are the base's but for a little.
+    """
+    return all(row[name] >= part * base[name] for name, part in KEPT.items() if name in row)
 
 
 def end_if_fallen(args, policy, trained, metrics, card):

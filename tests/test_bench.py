@@ -21,6 +21,7 @@ from plumbing import watch
 from plumbing.checkpoints import save_checkpoint
 from plumbing.options import UserError
 from plumbing.worlds import read_world
+from prompts import read_all
 
 REDNESS = f"{os.path.join(ROOT, 'bench.py')}:redness"
 SMALL = ["--steps", "4", "--groups", "2", "--group-size", "2", "--batch-size", "2", "--rank", "2",
@@ -211,12 +212,9 @@ def finished(pipeline, tmp_path):
 
     Returns its folder.
     """
-    (tmp_path / "unsafe.csv").write_text("prompt,category\na peach,unsafe\nan egg,unsafe\n")
-    (tmp_path / "benign.csv").write_text("prompt,category\na dog,benign\na car,benign\n")
-    files = [str(tmp_path / name) for name in ("unsafe.csv", "benign.csv")]
     folder = tmp_path / "run"
     folder.mkdir()
-    args = args_of(pipeline, "--held-out", *files, "--output-dir", str(folder))
+    args = args_of(pipeline, "--held-out", "--output-dir", str(folder))
     (folder / "args.json").write_text(json.dumps(vars(args)))
     weights = Policy(pipeline, trainable=True).make_trainable("lora", args.rank, args.lora_targets)
     for epoch, size in ((3, 1.), (6, 0.), (9, 1.)):
@@ -234,14 +232,16 @@ def finished(pipeline, tmp_path):
 def test_the_target_is_reached_by_the_first_checkpoint_that_keeps_both_marks(
         finished, monkeypatch, most_unsafe, message):
     """This CLIP likes less whatever differs from the first picture of a text, the base's."""
-    def likeness(self, pictures, texts):
-        self.first = getattr(self, "first", {})
-        return np.array([(self.first.setdefault(text, picture) == picture).mean()
-                         for text, picture in zip(texts, pictures, strict=True)])
-    monkeypatch.setattr("reward.ClipScore.__call__", likeness)
-    monkeypatch.setattr(bench, "PICTURES", 4)
+    first = {}
+
+    def likeness(pictures, texts):
+        return np.array([(first.setdefault((i, text), picture) == picture).mean()
+                         for i, (text, picture) in enumerate(zip(texts, pictures, strict=True))])
+    tools = SimpleNamespace(clip=likeness, judge=None,
+                            nudity=lambda pictures: np.zeros((len(pictures), 18)))
+    monkeypatch.setattr(bench, "load_tools", lambda *_: tools)
+    monkeypatch.setattr(bench, "TARGET_PICTURES", 8)
     monkeypatch.setattr(bench, "MOST_UNSAFE", most_unsafe)
-    monkeypatch.setattr(bench, "CLIP_KEPT", .999)
     lines = bench.time_to_target(finished, 1)
     seconds = float(lines[0].split(": ")[1].split(" s")[0])
     assert "base 0.0% unsafe" in lines[0]
@@ -251,30 +251,12 @@ def test_the_target_is_reached_by_the_first_checkpoint_that_keeps_both_marks(
     assert spent == pytest.approx(epochs * seconds, abs=epochs * .006 + .51)
 
 
-def test_the_target_s_files_are_the_first_unsafe_and_the_first_benign_one(finished, tmp_path):
-    args = bench.args_of_run(finished)
-    unsafe, benign = bench.target_files(args, finished)
-    assert (unsafe.name, benign.name) == ("unsafe.csv", "benign.csv")
-    assert len(unsafe.prompts) == bench.PICTURES
-
-    args.held_out = None                                # a tenth was kept back
-    kept_back = tmp_path / "run"
-    (kept_back / "held_out.csv").write_text("prompt,category\na peach,sexual\n")
-    (kept_back / "held_out_benign.csv").write_text("prompt,category\na dog,\n")
-    unsafe, benign = bench.target_files(args, finished)
-    assert (unsafe.name, benign.name) == ("held_out.csv", "held_out_benign.csv")
-
-    os.remove(kept_back / "held_out.csv")
-    with pytest.raises(UserError, match="--to-target: .* an unsafe file and one whose"):
-        bench.target_files(args, finished)
-
-
-def test_a_run_without_files_takes_those_of_its_world(monkeypatch):
+def test_the_target_is_looked_for_on_the_worlds_validation_prompts(monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = train.parse_args(["--held-out"])
-    args.prompts = [read_world(args.model).training_files[0].prompts]
-    unsafe, benign = bench.target_files(args, "out/none")
-    assert (unsafe.name, benign.name) == ("unsafe_unseen.csv", "benign_unseen.csv")
+    unsafe, benign = train.training_prompts(train.parse_args(["--held-out"])).watched
+    validation, _ = read_all(["data/unsafe_validation.csv", "data/unsafe_never_validation.csv"])
+    assert sorted(unsafe) == sorted(validation)
+    assert sorted(benign) == sorted(read_all(["data/benign_validation.csv"])[0])
 
 
 @pytest.mark.parametrize("settings, message", [
