@@ -253,8 +253,9 @@ def main(args, clock=lambda stage: None):
 
     def look(row):
         """Add to a row of metrics what is watched now, in every process."""
-        seen = watch.look(policy, data.watched, nudity, tools, labels, args, row["epoch"]) \
-            if is_lead else {}
+        seen = {}
+        if is_lead:
+            seen = watch.look(policy, data.watched, nudity, tools, labels, args, row["epoch"])
         row |= processes.gather(seen)[0]
 
     if not metrics:
@@ -335,11 +336,12 @@ def main(args, clock=lambda stage: None):
                 batch_texts = texts[local[i]]
                 if args.loss == "elbo":
                     log_p = bound(latents[i, -1], fresh[i, k], k, batch_texts)          # (b,)
+                elif with_graph:
+                    log_p = log_prob(latents[i, k + 1], means[i, k],
+                                     schedule.sigma[k].view(-1, 1, 1, 1))
                 else:
-                    mean, sigma = (
-                        (means[i, k], schedule.sigma[k].view(-1, 1, 1, 1)) if with_graph
-                        else step(latents[i, k], k, batch_texts, batch_texts))
-                    log_p = log_prob(latents[i, k + 1], mean, sigma)                    # (b,)
+                    mean, sigma = step(latents[i, k], k, batch_texts, batch_texts)
+                    log_p = log_prob(latents[i, k + 1], mean, sigma)
                 # the first update is on-policy: the ratio is 1 exactly, although another batch
                 # shape than sampling's may round otherwise
                 old = log_p.detach() if update == 0 else old_log_probs[i, k]
@@ -375,9 +377,10 @@ def main(args, clock=lambda stage: None):
         metrics.append(summary(epoch, scores, is_benign, records, norm, args))
         if is_lead:
             tqdm.write(epoch_line(metrics[-1], time.time() - began))
-        if epoch % args.save_every == 0 or epoch == args.epochs:
+        is_saved = epoch % args.save_every == 0 or epoch == args.epochs
+        if is_saved:
             look(metrics[-1])
-        if is_lead and (epoch % args.save_every == 0 or epoch == args.epochs):
+        if is_saved and is_lead:
             checkpoints.write_metrics(args.output_dir, metrics)
             save_curve(os.path.join(args.output_dir, "curve.png"), metrics)
             if watch.best(metrics) == epoch:

@@ -27,11 +27,12 @@ def run_card(args, policy, trained, data, machine):
     """
     pictures = args.groups * args.group_size
     benign = benign_groups(data.benign, args.groups, args.benign_share)
+    rewarded = (args.groups - benign) * args.group_size
     drawn = f"{args.groups - benign} prompts x {args.group_size}"
     if benign:
         drawn += f" + {benign * args.group_size} benign prompts"
-    rows = pictures * (1 if args.guidance == 1 else 2)  # guidance needs two predictions
-    learned = learned_steps(args)
+    calls = 1 if args.guidance == 1 else 2              # guidance needs two predictions
+    aim = " on the finished pictures (elbo)" if args.loss == "elbo" else ""
     total = sum(p.numel() for p in policy.unet.parameters())
     weights = sum(p.numel() for p in trained.values())
     reward = args.reward or f"{args.clip_weight:g} CLIP - max({args.unsafe_labels})"
@@ -53,9 +54,10 @@ def run_card(args, policy, trained, data, machine):
         ("judged on", ", ".join(data.held_out) or "nothing (--held-out says on what)"),
         ("reward", reward),
         ("an epoch", f"{drawn} = {pictures} pictures of {args.steps} steps, "
-                     f"{args.updates} updates"),
-        ("UNet calls", f"{rows * args.steps} of one latent to sample, {rows * learned} with "
-                       "backward to learn, per epoch"),
+                     f"{args.updates} updates{aim}"),
+        ("UNet calls", f"{calls * pictures * args.steps} of one latent to sample, "
+                       f"{calls * rewarded * learned_steps(args)} with backward to learn, per "
+                       "epoch, beside the pulls'"),
     ]
     if processes.size() > 1:
         lines.append(("processes", f"{processes.size()} share each update's pictures"))
