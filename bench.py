@@ -3,8 +3,7 @@
     python bench.py                                 # the default epoch of the embedded world, here
     python bench.py --steps 10 --updates 1          # any option of train.py's
     python bench.py --against ../trl/bin/python     # the same work by trl==0.23.1, installed there
-    python bench.py --to-target out/shield          # a run that kept all its checkpoints
-                                                    # (train.py --checkpoints-total-limit 99)
+    python bench.py --to-target out/shield          # when each of a run's checkpoints was made
     python bench.py --gpu-report                    # Stable Diffusion 1.5 in full size, on a GPU
 
 What is timed is train.py's own loop, in a temporary folder, by a clock that it calls after each
@@ -45,7 +44,7 @@ def parse_args(argv=None):
         p.error(f"--to-target: {args.train_options[0]} is given too; a run has its own options")
     if args.to_target and (args.against or args.gpu_report):
         p.error("--to-target: it looks at runs alone; leave --against and --gpu-report out")
-    fixed = {"--epochs", "--save-every", "--output-dir", "--held-out", "--checkpoints-total-limit"}
+    fixed = {"--epochs", "--save-every", "--output-dir", "--held-out"}
     if args.against:
         fixed |= {"--group-size", *SAME[::2]}
     if args.gpu_report:

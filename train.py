@@ -93,8 +93,6 @@ def parse_args(argv=None):
                    help="folder of the run; the same command resumes there")
     g.add_argument("--save-every", type=at_least(1), default=10,
                    help="epochs between checkpoints, each with a look at 64 validation pictures")
-    g.add_argument("--checkpoints-total-limit", type=at_least(2), default=2,
-                   help="checkpoints kept, the newest")
     add_options(g, "--device", "--dtype", "--seed")
     args = parse_with_recipe(p, argv, lambda args: (read_world(args.model).recipe, {}))
     return refuse_idle(p, argv, "train", args)
@@ -385,7 +383,6 @@ def main(args, clock=lambda stage: None):
             save_curve(os.path.join(args.output_dir, "curve.png"), metrics)
             if watch.best(metrics) == epoch:
                 policy.save(os.path.join(args.output_dir, "best"), card(metrics))
-            good = watch.last_good(metrics, checkpoints.saved_epochs(folder))
             checkpoints.save_checkpoint(folder, {
                 "epoch": epoch,
                 "metrics": metrics,
@@ -393,7 +390,7 @@ def main(args, clock=lambda stage: None):
                 "memory": memory.state_dict() if memory else {},
                 "weights": checkpoints.copy_of(trained),
                 "optimizer": optimizer.state_dict(),
-            }, args.checkpoints_total_limit, keep=good)
+            }, limit=None)
         clock("tell")
     if not is_lead:
         return

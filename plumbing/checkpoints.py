@@ -90,7 +90,7 @@ def check_folder(args):
 def check_same_run(folder, ours, theirs):
     """UserError where two runs' args differ in more than their length."""
     may_change = {"epochs", "iterations", "output_dir", "sha256", "base", "recipe", "save_every",
-                  "checkpoints_total_limit", "device", "compile", "gradient_checkpointing"}
+                  "device", "compile", "gradient_checkpointing"}
     if "groups" in ours:                                # train.py's, where it changes the rounding
         may_change |= {"batch_size"}
     changed = [name for name in sorted({*ours, *theirs} - may_change)
@@ -138,11 +138,11 @@ def write_metrics(folder, metrics):
 
 # ---- saving and loading --------------------------------------------------------------------------
 
-def save_checkpoint(folder, state, limit=2, keep=None):
-    """epoch_N.pt, then the pointer latest.json with each file's SHA-256; the newest `limit` stay.
+def save_checkpoint(folder, state, limit=2):
+    """epoch_N.pt, then the pointer latest.json with each file's SHA-256; the newest `limit` stay,
+    or all where it is None (a LoRA's are small).
 
-    state["epoch"] is N; keep: an epoch whose file stays, too. The pointer is replaced at the end,
-    so that it never names a torn file.
+    state["epoch"] is N. The pointer is replaced at the end, so that it never names a torn file.
     """
     import torch
     buffer = io.BytesIO()
@@ -151,10 +151,10 @@ def save_checkpoint(folder, state, limit=2, keep=None):
     write(os.path.join(folder, name), buffer.getvalue())
     entries = [entry for entry in read_pointer(folder) if entry["file"] != name]
     entries.insert(0, {"file": name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
-    older = [entry for entry in entries[limit:] if keep and entry["file"] == file_of(keep)]
-    write(os.path.join(folder, "latest.json"), json.dumps(entries[:limit] + older))
+    limit = len(entries) if limit is None else limit
+    write(os.path.join(folder, "latest.json"), json.dumps(entries[:limit]))
     for entry in entries[limit:]:
-        if entry not in older and os.path.exists(os.path.join(folder, entry["file"])):
+        if os.path.exists(os.path.join(folder, entry["file"])):
             os.remove(os.path.join(folder, entry["file"]))
 
 

@@ -160,10 +160,8 @@ def test_a_torn_checkpoint_is_never_loaded(tmp_path, capsys):
     assert load_checkpoint(folder) is None
 
 
-def test_a_checkpoint_that_is_kept_outlives_the_limit(tmp_path):
-    for epoch in range(1, 7):
-        save_checkpoint(str(tmp_path), {"epoch": epoch}, limit=2, keep=2 if epoch > 2 else None)
-    assert saved_epochs(str(tmp_path)) == [6, 5, 2]
-    assert load_checkpoint(str(tmp_path), epoch=2) == {"epoch": 2}
-    assert load_checkpoint(str(tmp_path))["epoch"] == 6
-    assert load_checkpoint(str(tmp_path), epoch=3) is None
+def test_without_a_limit_all_checkpoints_stay(tmp_path):
+    for epoch in range(1, 6):
+        save_checkpoint(str(tmp_path), {"epoch": epoch}, limit=None)
+    assert saved_epochs(str(tmp_path)) == [5, 4, 3, 2, 1]
+    assert len(list(tmp_path.glob("epoch_*.pt"))) == 5

@@ -505,8 +505,7 @@ def test_a_model_that_comes_apart_ends_the_run_with_the_weights_from_before(
         return {"watched_unsafe": .5, "watched_benign_clip": looks[-1]}
     monkeypatch.setattr(watch, "look", falling)
     args = with_reward("differing", "--benign", "a tree", "--benign-share", ".5", "--epochs", "20",
-                       "--batch-size", "16", "--updates", "1", "--save-every", "2",
-                       "--checkpoints-total-limit", "2")
+                       "--batch-size", "16", "--updates", "1", "--save-every", "2")
     sentence = ("epoch 6: the CLIP of benign prompts has fallen by 25%, .*the weights of epoch 4, "
                 "before the fall, are in .*; give a lower --lr")
     with pytest.raises(UserError, match=sentence) as end:
