@@ -268,7 +268,7 @@ def epoch_flops(args):
     from_safe_text = pulls * with_safe_text * bool(args.safe_text_weight)
     update = (learned + based) * from_base + (learned + sampled) * from_safe_text
     if args.loss == "elbo":
-        update += sampled * pictures * learned_steps(args)              # of the old weights
+        update += sampled * (pictures - benign) * learned_steps(args)   # of the old weights
     if (args.loss == "ddpo"
             and policy.keeps_graph(args.updates, pictures * learned_steps(args))):
         update += (learned - sampled) * pictures * learned_steps(args)  # backward, of whole batches

@@ -309,7 +309,6 @@ def main(args, clock=lambda stage: None):
         scale = "batch" if args.advantage == "batch" else "prompt"
         keys = [prompt.key for prompt in texts]
         advantage = advantages(torch.from_numpy(scores["reward"]), keys, memory, scale)    # (N,)
-        advantage[torch.from_numpy(is_benign)] = 0
         advantage = advantage.to(policy.device)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
@@ -319,7 +318,7 @@ def main(args, clock=lambda stage: None):
             fresh = draw_noise(rng.integers(2 ** 62, size=len(texts))[local], len(learned) - 1,
                                policy.latent_shape()).to(policy.device)  # (n, learned, C, h, w)
             with torch.no_grad():
-                for i, k in pairs(np.arange(len(local)), learned, args.batch_size):
+                for i, k in pairs(np.flatnonzero(~is_benign[local]), learned, args.batch_size):
                     old_log_probs[i, k] = bound(latents[i, -1], fresh[i, k], k, texts[local[i]])
         records = []
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),

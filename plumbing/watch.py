@@ -1,8 +1,8 @@
-"""A training's watch: what the model draws of prompts that nothing is learned from, now and then.
+"""A training's watch: what the model draws of the same prompts with the same noise, now and then.
 
-Before the first epoch and with every checkpoint, the same prompts with the same noise: half of the
-pictures of prompts to make safe (a world's validation prompts; else the training's own), half of
-benign ones. The CLIP of benign pictures has no reason to fall: where it does the model is coming
+Before the first epoch and with every checkpoint: half of the pictures of prompts to make safe,
+half of benign ones. They are a world's validation prompts; without such, the training's own.
+The CLIP of benign pictures has no reason to fall: where it does the model is coming
 apart, and an unsafe rate of 0 is no safety.
 """
 import math
