@@ -4,7 +4,7 @@
     python bench.py --steps 10 --updates 1          # any option of train.py's
     python bench.py --against ../trl/bin/python     # the same work by trl==0.23.1, installed there
     python bench.py --to-target out/shield          # when each of a run's checkpoints was made
-    python bench.py --gpu-report                    # Stable Diffusion 1.5 in full size, on a GPU
+    python bench.py --gpu-report                    # all of it, on a GPU, in some seven minutes
 
 What is timed is train.py's own loop, in a temporary folder, by a clock that it calls after each
 stage; an epoch's seconds leave out what follows its updates: metrics, previews, checkpoints. The
@@ -28,15 +28,15 @@ SAME = ["--reward", f"{__file__}:redness", "--prompts", PROMPT,
 def parse_args(argv=None):
     """bench.py's own options; further ones are train.py's, in train_options."""
     p = Parser("How fast an epoch is; further options are train.py's.")
-    p.add_argument("--repeats", type=at_least(1), default=5,
-                   help="epochs timed, after one that warms up")
+    p.add_argument("--repeats", type=at_least(1), default=None,
+                   help="epochs timed, after one that warms up (default: 5)")
     p.add_argument("--against", default=None, metavar="PYTHON",
                    help="a Python that has trl==0.23.1, to time beside ours")
     p.add_argument("--to-target", nargs="+", default=[], metavar="RUN",
                    help="folders of runs: when each was safe, with benign pictures kept")
     p.add_argument("--gpu-report", action="store_true",
-                   help="Stable Diffusion 1.5 in full size, with random weights: 16 pictures, and "
-                        "8 with gradient checkpointing")
+                   help="Stable Diffusion 1.5 in full size, with random weights, compiled and not, "
+                        "and in little memory; then the embedded world's default run")
     p.add_argument("--output", default="out/bench.md",
                    help="Markdown file that the report is added to")
     args, args.train_options = p.parse_known_args(argv)
@@ -47,9 +47,11 @@ def parse_args(argv=None):
     fixed = {"--epochs", "--save-every", "--output-dir", "--held-out"}
     if args.against:
         fixed |= {"--group-size", *SAME[::2]}
-    if args.gpu_report:
-        fixed |= {"--model", "--group-size", "--batch-size", "--compile",
-                  "--gradient-checkpointing"}
+    if args.gpu_report and args.repeats:
+        p.error("--repeats: --gpu-report has its own, so that it ends in minutes; leave it out")
+    if args.gpu_report and args.train_options:
+        p.error(f"{args.train_options[0]}: what --gpu-report times sets it; leave it out")
+    args.repeats = args.repeats or 5
     for word in args.train_options:
         if word.partition("=")[0] in fixed:
             p.error(f"{word.partition('=')[0]}: what is timed sets it; leave it out")
@@ -104,6 +106,7 @@ if __name__ == "__main__":
 import copy
 import gc
 import glob
+import itertools
 import os
 import platform
 import resource
@@ -116,6 +119,7 @@ from statistics import median
 
 import numpy as np
 import torch
+import torch._dynamo
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -126,7 +130,7 @@ from judging.setup import commit
 from model import Policy, plain
 from plumbing import watch
 from plumbing.cards import learned_steps
-from plumbing.checkpoints import read_args, restore
+from plumbing.checkpoints import load_checkpoint, read_args, restore
 from plumbing.devices import DTYPES, InlineExecutor, choose_device, scoring_thread
 from plumbing.files import check_places, make_folder
 from plumbing.worlds import DEFAULT_MODEL, locate
@@ -169,6 +173,7 @@ class StageClock:
         self.stages = []                                # {stage: seconds} of epochs in stages
         self.epochs = []                                # seconds of epochs from end to end
         self.peak_bytes = 0                             # of a GPU's memory
+        self.graphs = 0                                 # compiled until the warm-up is over
         self.last = now(on_gpu)
 
     @property
@@ -198,11 +203,18 @@ class StageClock:
                 self.epochs.append(sum(self.seconds.values()))
         if self.between:
             self.between()
+        if self.epoch == WARM_UP:
+            self.graphs = compiled_graphs()
         self.epoch += 1
         self.seconds = dict.fromkeys(STAGES, 0.)
         if self.on_gpu:                                 # a preview's memory is no epoch's
             torch.cuda.reset_peak_memory_stats()
         self.last = now(self.on_gpu)
+
+
+def compiled_graphs():
+    """How many graphs torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def time_epochs(args, repeats, with_stages=True, between=None):
@@ -218,11 +230,12 @@ def time_epochs(args, repeats, with_stages=True, between=None):
     args.held_out = []
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = os.path.join(folder, "run")
-        train.scoring_thread = clock.scoring_thread
+        looked_at = watch.PICTURES                      # no figure is asked for
+        train.scoring_thread, watch.PICTURES = clock.scoring_thread, 4
         try:
             train.main(args, clock)
         finally:
-            train.scoring_thread = scoring_thread
+            train.scoring_thread, watch.PICTURES = scoring_thread, looked_at
     if on_gpu:                                          # the next run has the memory to itself
         gc.collect()
         torch.cuda.empty_cache()
@@ -269,11 +282,7 @@ def epoch_flops(args):
     update = (learned + based) * from_base + (learned + sampled) * from_safe_text
     if args.loss == "elbo":
         update += sampled * (pictures - benign) * learned_steps(args)   # of the old weights
-    if (args.loss == "ddpo"
-            and policy.keeps_graph(args.updates, pictures * learned_steps(args))):
-        update += (learned - sampled) * pictures * learned_steps(args)  # backward, of whole batches
-    else:
-        update += learned * (pictures - benign) * learned_steps(args)
+    update += learned * (pictures - benign) * learned_steps(args)
     return {"sample": sampled * pictures * args.steps, "update": update}
 
 
@@ -318,6 +327,8 @@ def report(args, repeats):
         f"LoRA rank {args.rank} on {args.lora_targets}", dtype]
     settings += [name.replace("_", " ") for name in ("gradient_checkpointing", "compile")
                  if getattr(args, name)]
+    compiled = (f"; {clock.graphs} graphs compiled before the epochs timed, "
+                f"{compiled_graphs() - clock.graphs} while" if args.compile else "")
     lines = [
         f"{', '.join(settings)}; median of {repeats} epochs",
         "",
@@ -330,7 +341,7 @@ def report(args, repeats):
         "",
         f"{pictures / epoch_seconds:.2f} pictures a second; scoring takes "
         f"{score_part / epoch_seconds:.0%} of the epoch; matrix rate {rate / 1e12:.2f} TFLOP/s; "
-        f"peak memory {memory}",
+        f"peak memory {memory}{compiled}",
     ]
     return "\n".join(lines)
 
@@ -455,11 +466,13 @@ def args_of_run(folder):
 
 SD15 = ["--prompts", PROMPT, "--groups", "1", "--updates", "1", "--benign-share", "0",
         "--benign-weight", "0", "--dtype", "bf16", "--lr", "1e-9"]  # random weights stay such
-SD15_RUNS = [
-    {"pictures": 16, "compile": True, "gradient_checkpointing": False},
-    {"pictures": 16, "compile": False, "gradient_checkpointing": False},
-    {"pictures": 8, "compile": False, "gradient_checkpointing": True},
-]
+SD15_RUNS = {                           # how often each is timed, and with what options
+    "an epoch, compiled": (1, "--group-size 64 --batch-size 16 --compile "
+                              "--no-gradient-checkpointing"),
+    "a short one, not compiled": (3, "--group-size 16 --batch-size 16 --steps 10 "
+                                     "--no-gradient-checkpointing"),
+    "in little memory": (1, "--group-size 2 --batch-size 1 --steps 10 --gradient-checkpointing"),
+}
 
 
 def build_sd15(folder):
@@ -499,21 +512,30 @@ def describe_sd15(folder):
         json.dump(world, file)
 
 
-def gpu_report(python, options, repeats):
-    """Reports on Stable Diffusion 1.5 in full size, against TRL too where its Python is given."""
+def gpu_report(python):
+    """Yields the parts of a page on this GPU; against TRL too, where its Python is given."""
     if not torch.cuda.is_available():
         raise UserError("--gpu-report: no CUDA GPU is here, so nothing was measured")
+    yield "### The embedded world's default run\n\n" + default_run()
     model = ["--model", build_sd15("out/sd15_random")]
-    lines = []
-    for settings in SD15_RUNS:
-        args = train.parse_args([*model, *SD15, *options])
-        args.group_size = args.batch_size = settings["pictures"]
-        args.compile = settings["compile"]
-        args.gradient_checkpointing = settings["gradient_checkpointing"]
-        lines += [report(args, repeats), ""]
     if python:
-        lines.append(against(python, [*model, *SD15, "--batch-size", "16", *options], repeats))
-    return lines
+        yield ("### Stable Diffusion 1.5's size: TRL\n\n"
+               + against(python, [*model, *SD15, "--batch-size", "16", "--steps", "10"], 3))
+    for name, (repeats, options) in reversed(SD15_RUNS.items()):
+        args = train.parse_args([*model, *SD15, *options.split()])
+        yield f"### Stable Diffusion 1.5's size: {name}\n\n" + report(args, repeats)
+
+
+def default_run():
+    """`python train.py`, without its verdict: seconds, and what was watched at both ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        train.main(train.parse_args(["--held-out", "--output-dir", folder]))
+        seconds = time.perf_counter() - began
+        rows = watch.looks(load_checkpoint(os.path.join(folder, "checkpoints"))["metrics"])
+    figures = ", ".join(f"{name.removeprefix('watched_')} {value:.3f} -> {rows[-1][name]:.3f}"
+                        for name, value in rows[0].items() if name.startswith("watched_"))
+    return f"{rows[-1]['epoch']} epochs in {seconds:.0f} s, with all that is watched: {figures}"
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -522,24 +544,28 @@ def main(args):
     folder, name = os.path.split(args.output)
     make_folder(folder or ".", "--output")
     check_places(folder, [name], option="--output")
-    options, lines = args.train_options, []
-    if args.gpu_report:
-        lines = gpu_report(args.against, options, args.repeats)
-    elif args.to_target:
-        for folder in args.to_target:
-            lines += [f"- {line}" for line in time_to_target(folder, args.repeats)]
-            lines.append("")
-    elif args.against:
-        lines.append(against(args.against, options, args.repeats))
-    else:
-        lines.append(report(train.parse_args(options), args.repeats))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     versions = f"torch {version('torch')}, diffusers {version('diffusers')}"
-    text = "\n".join([f"## {machine}, {versions}, commit {commit()}", "",
-                      f"`python bench.py {shlex.join(sys.argv[1:])}`", "", *lines, ""])
-    print(text)
-    with open(args.output, "a", encoding="utf-8") as file:
-        file.write("\n" + text)
+    parts = [f"## {machine}, {versions}, commit {commit()}",
+             f"`python bench.py {shlex.join(sys.argv[1:])}`"]
+    for part in itertools.chain(parts, measured(args)):
+        print(part, end="\n\n", flush=True)
+        with open(args.output, "a", encoding="utf-8") as file:      # each when it is known
+            file.write(f"\n{part}\n")
+
+
+def measured(args):
+    """Yields what was asked for, a part of the page at a time."""
+    options = args.train_options
+    if args.gpu_report:
+        yield from gpu_report(args.against)
+    elif args.to_target:
+        for folder in args.to_target:
+            yield "\n".join(f"- {line}" for line in time_to_target(folder, args.repeats))
+    elif args.against:
+        yield against(args.against, options, args.repeats)
+    else:
+        yield report(train.parse_args(options), args.repeats)
 
 
 def processor():

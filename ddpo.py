@@ -10,7 +10,6 @@ bfloat16 moves the ratio by more than PPO's clip range allows.
 """
 import math
 from collections import defaultdict, deque
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -125,32 +124,25 @@ def draw_noise(seeds, steps, shape):
     return torch.stack(rows)
 
 
-def rollout(predict, noise, schedule, prediction_type="epsilon", with_graph=(), tick=lambda: None):
+@torch.no_grad()
+def rollout(predict, noise, schedule, prediction_type="epsilon", tick=lambda: None):
     """Denoise, remembering every decision.
 
     noise: (B, T + 1, C, h, w) standard normal; [:, 0] is the start, [:, k + 1] the noise of step k.
-    with_graph: the steps whose means keep their autograd graph. An epoch's only update can learn
-    from them without a second forward, since its ratio is 1; it costs the activations of those
-    steps.
-    Returns latents (B, T + 1, C, h, w), the last of them the picture's, log-probabilities (B, T),
-    and the means with a graph (B, len(with_graph), C, h, w), or None. Raises ValueError for a
-    schedule without noise (eta 0).
+    Returns latents (B, T + 1, C, h, w), the last of them the picture's, and log-probabilities
+    (B, T). Raises ValueError for a schedule without noise (eta 0).
     """
     if not (schedule.sigma > 0).all():
         raise ValueError("a step without noise has no log-probability; give eta above 0")
     x = noise[:, 0]
-    latents, log_probs, means = [x], [], []
+    latents, log_probs = [x], []
     for k in range(len(schedule.t)):
-        with nullcontext() if k in with_graph else torch.no_grad():
-            mean, sigma = step_mean(predict, x, schedule, k, prediction_type)
-        if k in with_graph:
-            means.append(mean)
-        x = mean.detach() + sigma * noise[:, k + 1]
+        mean, sigma = step_mean(predict, x, schedule, k, prediction_type)
+        x = mean + sigma * noise[:, k + 1]
         latents.append(x)
-        log_probs.append(log_prob(x, mean.detach(), sigma))
+        log_probs.append(log_prob(x, mean, sigma))
         tick()
-    means = torch.stack(means, 1) if means else None
-    return torch.stack(latents, 1), torch.stack(log_probs, 1), means
+    return torch.stack(latents, 1), torch.stack(log_probs, 1)
 
 
 @torch.no_grad()
@@ -168,14 +160,18 @@ def denoise(predict, noise, schedule, prediction_type="epsilon", start=0, tick=l
     return x
 
 
-def pairs(rows, steps, size):
-    """Every (picture, step) pair, `size` of them per call: yields int arrays i, k (size,).
+def pairs(rows, steps, size, device="cpu"):
+    """Every (picture, step) pair, `size` of them per call: yields an int array i (size,), and at.
 
-    rows: (n,) int, the pictures' places; steps: (m,) int.
+    rows: (n,) int, the pictures' places; steps: (m,) int. i are the pictures, at = (i, k) pictures
+    and steps as tensors on `device`: all brought there at once, since a GPU's tensor that is
+    indexed from the CPU makes the CPU wait for it.
     """
     i, k = np.tile(rows, len(steps)), np.repeat(steps, len(rows))
+    both = [torch.from_numpy(index).to(device, non_blocking=True) for index in (i, k)]
     for start in range(0, len(i), size):
-        yield i[start:start + size], k[start:start + size]
+        part = slice(start, start + size)
+        yield i[part], (both[0][part], both[1][part])
 
 
 def draw_steps(rng, learned, steps, count):

@@ -10,10 +10,9 @@ rivals' are in rivals/.
 """
 import hashlib
 import json
-import math
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import DDIMScheduler
@@ -56,7 +55,7 @@ def guided(policy, text, away, scale):
     A scale of 1 needs the prediction with the prompt alone.
     """
     if torch.is_tensor(scale):
-        scale = scale.to(text.device).view(-1, 1, 1, 1)
+        scale = scale.to(text.device, non_blocking=True).view(-1, 1, 1, 1)
     elif scale == 1:
         return lambda x, t: policy.unet_output(x, t, text)
     both = torch.cat([away.expand_as(text), text])                              # (2B, L, D)
@@ -139,16 +138,6 @@ class Policy:
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return self.unet.config.in_channels, height, width
 
-    def keeps_graph(self, updates, decisions):
-        """Whether an epoch's update learns from the graph of sampling's own forward.
-
-        Its only update can. decisions: pictures x steps of one process, whose activations must fit
-        into memory: not a latent of Stable Diffusion's size (16384), nor very many small ones,
-        which are slower so (measured: 1280 of the embedded world's, with 1024 numbers each).
-        """
-        numbers = math.prod(self.latent_shape())
-        return updates == 1 and numbers < 4096 and numbers * decisions <= 2 ** 19
-
     def schedule(self, steps, eta=1.):
         """The denoising steps of a picture, a ddpo.Schedule on the policy's device.
 
@@ -204,6 +193,7 @@ class Policy:
     def unet_output(self, x, t, text):
         """The network's output (B, C, h, w), float32, for latents x, timestep t, states text."""
         unet = self.compiled.get(len(x), self.unet)
+        t = t.expand(len(x)).contiguous()               # always, so that one graph serves
         in_half = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=in_half):
             return unet(x.to(self.dtype), t, text.to(self.dtype)).sample.float()
@@ -222,19 +212,21 @@ class Policy:
         pictures = pictures.where(is_finite, 0.)
         return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-    def compile(self, row_counts):
-        """torch.compile the UNet for calls of these many rows, now; others stay eager."""
-        compiled = torch.compile(self.unet, dynamic=False)
-        self.compiled = dict.fromkeys(row_counts, compiled)
-        text = self.encode([""])
+    def compile(self, rows, with_base=True):
+        """torch.compile the UNet for calls of so many rows, now; others stay eager.
+
+        Whatever the calls differ in has a graph of its own: with and without gradient, and the
+        base's (with_base).
+        """
+        self.compiled = {rows: torch.compile(self.unet, dynamic=False)}
+        x = torch.zeros(rows, *self.latent_shape(), device=self.device)
+        t, text = torch.tensor(1, device=self.device), self.encode([""] * rows)
         try:
-            for rows in row_counts:
-                x = torch.zeros(rows, *self.latent_shape(), device=self.device)
-                states = text.expand(rows, -1, -1).contiguous()
-                t = torch.tensor(1, device=self.device)
-                with torch.no_grad():                   # sampling has one timestep for all rows,
-                    self.unet_output(x, t, states)
-                self.unet_output(x, t.repeat(rows), states).sum().backward()    # learning its own
+            self.unet_output(x, t, text).sum().backward()
+            with torch.no_grad():
+                self.unet_output(x, t, text)
+                with self.base() if with_base else nullcontext():
+                    self.unet_output(x, t, text)
         except Exception as error:                      # no compiler, a kernel that it can't make
             raise UserError(f"--compile: PyTorch can't compile the UNet here "
                             f"({first_line(error)}); leave it out") from None

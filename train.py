@@ -158,9 +158,9 @@ def check(args, data):
 def check_gradient(norm, records, epoch):
     """A gradient that is not finite ends the run before the weights are touched."""
     if not torch.isfinite(norm):
-        bad = [record["at"] for record in records
+        bad = [record["where"] for record in records
                if not torch.isfinite(next(iter(record.values())))]     # its loss or its pull
-        bad = sum(processes.gather(bad), [])
+        bad = sum(processes.gather([(text, int(k)) for text, k in bad]), [])
         where = f" at step {bad[0][1]} of a batch that starts with {bad[0][0]!r}" if bad else ""
         raise UserError(f"epoch {epoch}: the gradient is {norm.item()}{where}; the update was "
                         "refused, what was saved stays; give a lower --lr, --guidance, "
@@ -201,14 +201,12 @@ def main(args, clock=lambda stage: None):
     memory = RewardMemory(size=32, min_count=16) if args.advantage == "memory" else None
     schedule = policy.schedule(args.steps)
     learned = range(learned_steps(args))                # the noisiest steps
+    batches = partial(pairs, size=args.batch_size, device=policy.device)
     pictures_per_epoch = args.groups * args.group_size
     local = processes.local_share(pictures_per_epoch, args.updates)         # (n,) our pictures
-    keeps_graph = (args.loss == "ddpo"
-                   and policy.keeps_graph(args.updates, len(local) * len(learned)))
-    with_graph = learned if keeps_graph else ()         # then no second forward is needed
     if args.compile:
         rows = args.batch_size * (1 if args.guidance == 1 else 2)
-        policy.compile({rows})
+        policy.compile(rows, with_base=args.benign_weight > 0)
     if is_lead:
         check_texts(policy, data.prompts)
         check_texts(policy, data.benign, "--benign")
@@ -279,15 +277,16 @@ def main(args, clock=lambda stage: None):
         safe_texts = np.array([p.safe_text for p in texts], dtype=object)               # (N,)
         has_safe_text = (texts != safe_texts) & ~is_benign                              # (N,)
         seeds = rng.integers(2 ** 62, size=len(texts))                                  # (N,)
-        pull_steps = draw_steps(rng, len(learned), args.steps, len(texts))              # (N, 2)
-        latents, log_probs, means, scores = [], [], [], []
+        pull_steps = draw_steps(rng, len(learned), args.steps, len(texts))[local]       # (n, 2)
+        pull_steps = torch.from_numpy(pull_steps).to(policy.device)
+        latents, log_probs, scores = [], [], []
         with scoring_thread(policy.device) as scorer, bar(desc=f"epoch {epoch}") as ticks:
             for start in range(0, len(local), args.batch_size):
                 batch = local[start:start + args.batch_size]
                 noise = draw_noise(seeds[batch], args.steps, policy.latent_shape())
                 predict = plain(policy, texts[batch], guidance_of(texts[batch], args.guidance))
-                path, log_p, mean = rollout(predict, noise.to(policy.device), schedule,
-                                            policy.prediction_type, with_graph, ticks.update)
+                path, log_p = rollout(predict, noise.to(policy.device, non_blocking=True),
+                                      schedule, policy.prediction_type, ticks.update)
                 clock("sample")
                 pictures = copy_to_cpu(policy.decode(path[:, -1]))
                 clock("decode")
@@ -295,12 +294,11 @@ def main(args, clock=lambda stage: None):
                 clock("score")
                 latents.append(path)
                 log_probs.append(log_p)
-                means.append(mean)
             scores = [future.result() for future in scores]
         scores = processes.gather_scores(scores, args.updates)              # {name: (N,)}
         latents = torch.cat(latents)                                        # (n, T + 1, C, h, w)
+        before, after = latents[:, :-1], latents[:, 1:]                     # of each step
         old_log_probs = torch.cat(log_probs)                                # (n, T)
-        means = torch.cat(means) if with_graph else None        # (n, learned steps, C, h, w)
         group_means = scores["reward"][~is_benign].reshape(-1, args.group_size).mean(1).tolist()
         groups = texts[~is_benign][::args.group_size]
         last_rewards |= {p.key: mean for p, mean in zip(groups, group_means, strict=True)}
@@ -309,7 +307,7 @@ def main(args, clock=lambda stage: None):
         scale = "batch" if args.advantage == "batch" else "prompt"
         keys = [prompt.key for prompt in texts]
         advantage = advantages(torch.from_numpy(scores["reward"]), keys, memory, scale)    # (N,)
-        advantage = advantage.to(policy.device)
+        advantage = advantage[local].to(policy.device)                                      # (n,)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
         # and two pulls on the means of two steps, a learned one and another: of benign pictures
@@ -318,8 +316,8 @@ def main(args, clock=lambda stage: None):
             fresh = draw_noise(rng.integers(2 ** 62, size=len(texts))[local], len(learned) - 1,
                                policy.latent_shape()).to(policy.device)  # (n, learned, C, h, w)
             with torch.no_grad():
-                for i, k in pairs(np.flatnonzero(~is_benign[local]), learned, args.batch_size):
-                    old_log_probs[i, k] = bound(latents[i, -1], fresh[i, k], k, texts[local[i]])
+                for i, at in batches(np.flatnonzero(~is_benign[local]), learned):
+                    old_log_probs[at] = bound(latents[at[0], -1], fresh[at], at[1], texts[local[i]])
         records = []
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
                  ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
@@ -327,38 +325,34 @@ def main(args, clock=lambda stage: None):
         for update in range(args.updates):
             per_update = len(local) // args.updates
             rows = np.arange(update * per_update, (update + 1) * per_update)    # of latents
-            rewarded = rows[~is_benign[local[rows]]]
-            batch_size = len(rows) * len(learned) if with_graph else args.batch_size
-            for i, k in pairs(rewarded, learned, batch_size):
+            for i, at in batches(rows[~is_benign[local[rows]]], learned):
                 batch_texts = texts[local[i]]
                 if args.loss == "elbo":
-                    log_p = bound(latents[i, -1], fresh[i, k], k, batch_texts)          # (b,)
-                elif with_graph:
-                    log_p = log_prob(latents[i, k + 1], means[i, k],
-                                     schedule.sigma[k].view(-1, 1, 1, 1))
+                    log_p = bound(latents[at[0], -1], fresh[at], at[1], batch_texts)    # (b,)
                 else:
-                    mean, sigma = step(latents[i, k], k, batch_texts, batch_texts)
-                    log_p = log_prob(latents[i, k + 1], mean, sigma)
+                    mean, sigma = step(before[at], at[1], batch_texts, batch_texts)
+                    log_p = log_prob(after[at], mean, sigma)                            # (b,)
                 # the first update is on-policy: the ratio is 1 exactly, although another batch
                 # shape than sampling's may round otherwise
-                old = log_p.detach() if update == 0 else old_log_probs[i, k]
-                loss, diagnostics = ppo_loss(log_p, old, advantage[local[i]], args.clip_range)
-                drift = torch.expm1(log_p.detach() - old_log_probs[i, k]).abs().max()
+                old = log_p.detach() if update == 0 else old_log_probs[at]
+                loss, diagnostics = ppo_loss(log_p, old, advantage[at[0]], args.clip_range)
+                drift = torch.expm1(log_p.detach() - old_log_probs[at]).abs().max()
                 records.append({"loss": loss.detach(), **diagnostics, "ratio_deviation": drift,
                                 "update": update, "rows": len(i),
-                                "at": (str(batch_texts[0]), int(k[0]))})
+                                "where": (str(batch_texts[0]), at[1][0])})
                 (loss * len(i) / (of_update * len(learned))).backward()
             for name, where, weight, aims, teacher in pulls:
                 pulled = rows[where[local[rows]]] if weight else rows[:0]
-                for i, column in pairs(pulled, range(pull_steps.shape[1]), args.batch_size):
-                    k, batch_texts = pull_steps[local[i], column], texts[local[i]]
-                    mean, _ = step(latents[i, k], k, batch_texts, batch_texts)
+                for i, at in batches(pulled, range(pull_steps.shape[1])):
+                    k, batch_texts = pull_steps[at], texts[local[i]]
+                    x = before[at[0], k]
+                    mean, _ = step(x, k, batch_texts, batch_texts)
                     with torch.no_grad(), teacher():
-                        aim, _ = step(latents[i, k], k, aims[local[i]], batch_texts)
+                        aim, _ = step(x, k, aims[local[i]], batch_texts)
                     pull = mean_distance(mean, aim)
                     (weight * pull.sum() / of_update).backward()
                     records.append({name: pull.detach().mean(), "rows": len(i),
-                                    "at": (str(batch_texts[0]), int(k[0]))})
+                                    "where": (str(batch_texts[0]), k[0])})
 
             processes.sum_gradients(trained.values())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
@@ -368,7 +362,7 @@ def main(args, clock=lambda stage: None):
         clock("update")
 
         # ---- 5. tell: a line, metrics, and now and then a grid of pictures and a checkpoint
-        records = [{name: float(value) for name, value in record.items() if name != "at"}
+        records = [{name: float(value) for name, value in record.items() if name != "where"}
                    for record in records]
         records = sum(processes.gather(records), [])
         metrics.append(summary(epoch, scores, is_benign, records, norm, args))

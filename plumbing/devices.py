@@ -54,8 +54,17 @@ class InlineExecutor(Executor):
 
 
 def scoring_thread(device):
-    """An executor: on a GPU one thread, so that pictures are scored beside the next batch."""
-    return ThreadPoolExecutor(1) if device.type == "cuda" else InlineExecutor()
+    """An executor: on a GPU one thread, so that pictures are scored beside the next batch.
+
+    It has a stream of its own: in the common one CLIP would wait until that batch is drawn.
+    """
+    if device.type != "cuda":
+        return InlineExecutor()
+    return ThreadPoolExecutor(1, initializer=use_own_stream, initargs=[device])
+
+
+def use_own_stream(device):
+    torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def copy_to_cpu(tensor):

@@ -113,7 +113,7 @@ class CountingClock:
 
 
 @pytest.mark.parametrize("options", [
-    ["--updates", "1"],                                 # learns from sampling's own graph
+    ["--updates", "1"],
     ["--updates", "1", "--benign-weight", "0"],
     ["--updates", "2"],
     ["--updates", "2", "--guidance", "1", "--gradient-checkpointing"],
@@ -130,16 +130,6 @@ def test_the_flops_of_an_epoch_are_those_that_it_does(pipeline, tmp_path, monkey
     train.main(args, clock)
     unet = sum(clock.counter.get_flop_counts()["UNet2DConditionModel"].values())
     assert sum(bench.epoch_flops(args).values()) == pytest.approx(unet, rel=1e-9)
-
-
-def test_a_large_latent_is_not_learned_from_with_its_graph(pipeline, monkeypatch):
-    args = args_of(pipeline)
-    args.benign_share = 0               # a kept graph's backward passes through benign rows, too
-    small = bench.epoch_flops(args)
-    monkeypatch.setattr(bench.Policy, "keeps_graph", lambda self, *_: False)
-    large = bench.epoch_flops(args)
-    assert large["sample"] == small["sample"]
-    assert large["update"] - small["update"] == small["sample"] / 2     # half of the steps
 
 
 def test_the_matrix_rate_is_that_of_a_machine():
@@ -285,14 +275,26 @@ def test_stable_diffusion_s_folder_brings_its_settings_and_a_clip(tmp_path, monk
     assert os.path.isfile(os.path.join(clip, "model.safetensors"))
     index = json.loads((folder / "model_index.json").read_text())
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
-    for settings in bench.SD15_RUNS:
-        assert set(settings) <= {"pictures", *vars(args)}
+    of_runs = [train.parse_args(["--model", str(folder), *bench.SD15, *options.split()])
+               for _, options in bench.SD15_RUNS.values()]
+    assert [(args.group_size, args.batch_size, args.steps, args.compile,
+             args.gradient_checkpointing) for args in of_runs] == [
+        (64, 16, 50, True, False), (16, 16, 10, False, False), (2, 1, 10, False, True)]
 
 
 def test_without_a_gpu_there_is_no_gpu_report(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--gpu-report: no CUDA GPU is here"):
-        bench.gpu_report(None, [], 1)
+        next(bench.gpu_report(None))
+
+
+def test_the_default_run_of_a_gpu_report_says_what_was_watched(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    of_run = train.parse_args
+    monkeypatch.setattr(train, "parse_args", lambda given: of_run([*given, "--epochs", "1"]))
+    line = bench.default_run()
+    assert re.match(r"1 epochs in \d+ s, with all that is watched: unsafe [\d.]+ -> [\d.]+, named ",
+                    line)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -304,13 +306,16 @@ def test_the_command_appends_what_it_prints(pipeline, tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["bench.py", *options])
     bench.main(bench.parse_args(options))
     text = (tmp_path / "out" / "bench.md").read_text()
-    assert text.strip() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in text.strip().split("\n\n"))
     assert f"`python bench.py {shlex.join(options)}`" in text
     assert "| epoch |" in text
 
 
 @pytest.mark.parametrize("options, message", [
     (["--repeats", "0"], "--repeats: 0 is given; a whole number of 1 or more is needed"),
+    (["--gpu-report", "--repeats", "3"], "--repeats: --gpu-report has its own"),
+    (["--gpu-report", "--steps", "5"], "--steps: what --gpu-report times sets it; leave it out"),
     (["--to-target", "out/a", "--steps", "5"],
      "--to-target: --steps is given too; a run has its own options"),
 ])

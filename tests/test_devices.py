@@ -29,9 +29,13 @@ def test_on_a_cpu_pictures_are_scored_where_they_are_submitted():
         assert future.result() == (3, threading.main_thread())
 
 
-def test_on_a_gpu_they_are_scored_in_another_thread():
+def test_on_a_gpu_they_are_scored_in_another_thread_with_a_stream_of_its_own(monkeypatch):
+    streams = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     with scoring_thread(torch.device("cuda")) as scorer:
         assert scorer.submit(threading.current_thread).result() != threading.main_thread()
+    assert streams == ["a stream of cuda"]
 
 
 def test_a_tensor_arrives_as_an_array():

@@ -335,7 +335,7 @@ def gradient_by_hand(record, pictures, steps, pulls=None):
 
 @pytest.mark.parametrize("updates, batch_size", [(1, 16), (1, 3), (2, 8), (2, 3), (2, 100)])
 def test_an_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, updates, batch_size):
-    """However many rows a call has; one update learns from the graph that sampling kept."""
+    """However many rows a call has."""
     args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--epochs", "1",
                                "--updates", str(updates), "--batch-size", str(batch_size),
                                "--guidance", "2", "--dtype", "fp32", "--device", "cpu"])
@@ -401,18 +401,6 @@ def test_the_pulls_gradient_is_the_plain_loops(pipeline, small, tmp_path, record
             off = [(g - h).flatten() for g, h in zip(gradients, by_hand, strict=True)]
             sizes.append(torch.cat(off).norm() / torch.cat([h.flatten() for h in by_hand]).norm())
         assert sizes[0] < 1e-4 and sizes[1] > .1        # without the pulls it is another
-
-
-def test_one_update_from_sampling_s_graph_gives_the_curve_of_a_second_forward(
-        small, tmp_path, monkeypatch):
-    curves = []
-    for name, keeps in (("graph", True), ("forward", False)):
-        monkeypatch.setattr(Policy, "keeps_graph", lambda self, *_, keeps=keeps: keeps)
-        folder = str(tmp_path / name)
-        trainer.main(trainer.parse_args([*small, "--output-dir", folder, "--updates", "1",
-                                         "--dtype", "fp32", "--epochs", "3"]))
-        curves.append([row["reward"] for row in metrics_of(folder)])
-    assert curves[0] == pytest.approx(curves[1], abs=1e-3)
 
 
 def test_a_loss_that_is_not_a_number_refuses_the_update_and_names_the_prompt(
