@@ -43,11 +43,12 @@ def own_device(device):
     if device != "cuda" or size() == 1:
         return device
     import torch
-    local_rank, count = number("LOCAL_RANK", 0), torch.cuda.device_count()
-    if local_rank >= count:
-        raise UserError(f"--nproc-per-node: process {local_rank} has no GPU of its own, there are "
-                        f"{count}; start at most as many processes, or give --device cpu")
-    return f"cuda:{local_rank}"
+    here, count = number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+    if here > count:                                    # all say so: none waits for the others
+        raise UserError(f"--nproc-per-node: {here} processes want a GPU each, there "
+                        f"{'is' if count == 1 else 'are'} {count}; start at most as many, or give "
+                        "--device cpu")
+    return f"cuda:{number('LOCAL_RANK', 0)}"
 
 
 def start(device):

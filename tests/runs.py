@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
 from conftest import ROOT
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -30,6 +32,8 @@ def train(*options):
 
 def fork(function, *arguments):
     """A process that calls it, with all that is imported here; conftest's one thread allows it."""
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that has used a GPU can't be forked")
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments,
                                                           daemon=True)
     process.start()

@@ -336,7 +336,7 @@ UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.js
 NOISE, TOKENS = "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"
 UNET_FILE, VAE_FILE, TEXT_FILE = (f"{part}/{stem}.safetensors" for part, stem in STEMS.items())
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-SAMPLE, EDIT = ["a dog", "--model"], ["esd-x", "--prompts", "a peach", "--model"]
+SAMPLE, EDIT = ["a dog", "--device", "cpu", "--model"], ["esd-x", "--prompts", "a peach", "--model"]
 TRAIN, EVALUATE = ["--prompts", "a peach", "--model"], ["--prompts", "a peach", "--benign", "a dog",
                                                         "--model"]
 ATTACK = ["ring-a-bell", "--prompts", "a peach", "--pairs",

@@ -1,15 +1,15 @@
-"""On a GPU, where there is one: no step waits for it, nothing is compiled twice, curves agree."""
+"""On a GPU, where there is one: pictures and learning are a CPU's; no step waits for the GPU."""
+import json
 import os
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_train import metrics_of
 
 import train
 from ddpo import denoise, draw_noise, pairs, rollout
 from model import Policy, plain
+from plumbing.devices import InlineExecutor
 from plumbing.worlds import DEFAULT_MODEL
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is here")
@@ -21,10 +21,11 @@ def here(monkeypatch):
 
 
 def run(folder, *options):
-    """An embedded run with every term of the loss; returns its rows of metrics."""
+    """An embedded run with every term of the loss; its rows of metrics, the base's first."""
     args = train.parse_args(["--held-out", "--output-dir", str(folder), *options])
     train.main(args)
-    return metrics_of(args.output_dir)
+    with open(f"{folder}/metrics.jsonl") as file:
+        return [json.loads(line) for line in file]
 
 
 def test_a_gpu_draws_what_a_cpu_draws(here, monkeypatch):
@@ -65,33 +66,20 @@ def test_no_step_of_an_epoch_waits_for_the_gpu(here, tmp_path, monkeypatch):
                 yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(train, "scoring_thread", lambda device: InlineExecutor())   # it waits
     monkeypatch.setattr(train, "rollout", strict_rollout)
     monkeypatch.setattr(train, "pairs", strict_pairs)
     rows = run(tmp_path / "run", "--epochs", "3", "--save-every", "3")
     assert len(rows) == 4 and calls == {"rollout": 6, "pairs": 18}
 
 
-def test_a_step_is_compiled_before_the_first_epoch_and_never_again(here, tmp_path, monkeypatch):
-    graphs = []
-    compiling = Policy.compile
-
-    def compile(self, *args, **options):
-        compiling(self, *args, **options)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    monkeypatch.setattr(Policy, "compile", compile)
-    rows = run(tmp_path / "run", "--epochs", "2", "--compile")
-    graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] >= 3 and graphs[1] == graphs[0]
-    assert np.isfinite([row["loss"] for row in rows[1:]]).all()
-
-
-@pytest.mark.parametrize("options", [[], ["--loss", "elbo"], ["--compile"]])
+@pytest.mark.parametrize("options", [["--loss", "elbo"], ["--compile"]])
 def test_a_gpus_first_epochs_are_a_cpus(here, tmp_path, options):
     """bf16 on the GPU beside fp32 on the CPU: the same pictures to rounding, at first."""
     common = ["--epochs", "2", "--save-every", "2"]
     ours = run(tmp_path / "gpu", *common, *options)
     theirs = run(tmp_path / "cpu", *common, "--device", "cpu", "--dtype", "fp32",
-                 *[option for option in options if option != "--compile"])
+                 *(option for option in options if option != "--compile"))
     for name in ("watched_unsafe", "watched_named", "watched_benign_clip"):
         assert ours[0][name] == pytest.approx(theirs[0][name], abs=.07)
     for name in ("reward", "clip", "nudity", "benign_clip"):

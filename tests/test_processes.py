@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from runs import ENVIRONMENT, metrics_of, start
 
@@ -37,6 +38,18 @@ def test_one_gpu_by_number_is_not_for_several_processes(monkeypatch):
     assert processes.own_device("cpu") == "cpu"
 
 
+def test_more_processes_than_gpus_are_refused_by_each_of_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for rank, count in (("0", "2"), ("1", "2"), ("0", "1")):
+        for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", count), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, value)
+        if count == "1":                                # two nodes with a GPU each
+            assert processes.own_device("cuda") == "cuda:0"
+            continue
+        with pytest.raises(UserError, match="2 processes want a GPU each, there is 1; start at mo"):
+            processes.own_device("cuda")
+
+
 @pytest.mark.parametrize("size, updates", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2)])
 def test_shares_are_contiguous_in_every_update_and_join_to_the_epochs_order(
         monkeypatch, size, updates):
@@ -62,7 +75,8 @@ def test_shares_are_contiguous_in_every_update_and_join_to_the_epochs_order(
 def test_two_processes_give_one_processs_curve(small, tmp_path, options):
     """With remembered rewards; with batches that don't divide; where one of them has no benign
     picture to pull."""
-    options = [*small, *options, "--epochs", "3", "--dtype", "fp32"]    # bf16 rounds by the batch
+    options = [*small, *options, "--epochs", "3", "--device", "cpu",
+               "--dtype", "fp32"]                  # bf16 rounds by the batch
     alone = start(*options, "--output-dir", str(tmp_path / "one"))
     both = shared(2, *options, "--output-dir", str(tmp_path / "two"))
     out, err = both.communicate(timeout=200)
@@ -84,7 +98,7 @@ def test_pictures_that_can_not_be_shared_evenly_are_refused(small, tmp_path, mon
 def test_when_one_process_is_killed_the_others_end_with_a_sentence_and_the_run_resumes(
         small, tmp_path):
     folder = tmp_path / "two"
-    command = (*small, "--output-dir", str(folder))
+    command = (*small, "--output-dir", str(folder), "--device", "cpu")
     process = shared(2, *command, "--epochs", "60")
     deadline = time.time() + 120
     while not (os.path.exists(folder / "metrics.jsonl") and len(metrics_of(folder)) >= 2):

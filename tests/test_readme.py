@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from runs import ENVIRONMENT
 
@@ -87,6 +88,8 @@ def run(copy, command):
     """A command of the README, smaller; its output."""
     words = shlex.split(command.replace(HUB_MODEL, "hub"))
     if words[0] == "torchrun":
+        if torch.cuda.device_count() == 1:
+            pytest.skip("two processes want two GPUs")
         words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     words = [sys.executable if word == "python" else word for word in words]
     program = next(word for word in words if word.endswith(".py"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from runs import differing, fork, metrics_of, train, without
 from safetensors.torch import load_file
 
 import train as trainer
+from bench import compiled_graphs
 from ddpo import advantages, draw_noise, draw_steps, rollout
 from model import Policy, plain
 from plumbing import watch
@@ -422,6 +424,25 @@ def test_the_clock_is_told_every_stage_of_every_epoch(small, tmp_path):
     trainer.main(args, stages.append)
     epoch = ["sample", "decode", "score"] * 2 + ["update", "tell"]
     assert stages == epoch * 2
+
+
+def test_the_unet_is_compiled_before_the_first_epoch_and_never_again(small, tmp_path, monkeypatch):
+    """With gradient, without, and as the base: three graphs, whatever kernels they become."""
+    graphs, compiling, compiler = [], Policy.compile, torch.compile
+
+    def counting(self, *args, **options):
+        before = compiled_graphs()
+        compiling(self, *args, **options)
+        graphs.append(compiled_graphs() - before)
+        before = compiled_graphs()
+        graphs.append(lambda: compiled_graphs() - before)
+    monkeypatch.setattr(torch, "compile", partial(compiler, backend="eager"))
+    monkeypatch.setattr(Policy, "compile", counting)
+    trainer.main(trainer.parse_args([
+        *small, "--output-dir", str(tmp_path / "run"), "--epochs", "2", "--compile",
+        "--guidance", "2", "--benign", BENIGN, "--benign-share", ".5", "--benign-weight", "1"]))
+    made, later = graphs
+    assert made == 3 and later() == 0
 
 
 # ---- the embedded world, Stable Diffusion's size -------------------------------------------------
