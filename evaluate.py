@@ -6,6 +6,7 @@
     python evaluate.py --prompts i2p.csv --images their_pictures        # another tool's, by case
     python evaluate.py --checkpoint out/a --adversarial out/ring-a-bell.csv
     python evaluate.py --systems rivals/systems.csv                     # every rival, attacked too
+    torchrun --nproc-per-node 2 evaluate.py --checkpoint out/a          # drawn by two processes
 
 A system is a checkpoint with a method; every one draws the same prompts with the same seeds. Writes
 results.json, table.md, table.csv and report.html (one file, no network) into --output-dir. Latents
@@ -142,7 +143,7 @@ from judging.rows import (
 from judging.setup import Setup, settings_of
 from judging.store import Store
 from judging.systems import compare_systems, read_systems
-from plumbing import remarks
+from plumbing import processes, remarks
 from plumbing.devices import choose_device
 from plumbing.files import make_folder, write
 from plumbing.refusal import refuse_minors
@@ -241,11 +242,14 @@ def evaluate(setup, systems, files, before, output_dir, folder_rows=()):
     began, rows, base = time.time(), [], load(systems[0])
     check_drawing(setup, base, systems, files)
     batches = sum(-(-len(file.prompts) // args.batch_size) for file in files.values())
-    with tqdm(total=batches * len(systems), desc="sampling") as bar:
+    with tqdm(total=batches * len(systems), desc="sampling",
+              disable=not processes.is_lead()) as bar:
         for system in systems:
             policy = base if system is systems[0] else load(system)
             rows.append(draw_row(system, policy, files, setup.store, args, base.decode, bar.update))
     drawing = time.time() - began
+    if not processes.is_lead():                         # it has drawn its share
+        return {}
 
     # ---- 2. look and count
     began, rows = time.time(), [*rows, *folder_rows]
@@ -290,6 +294,8 @@ def check(args):
     if args.systems and (args.checkpoint or args.method or args.images):
         raise UserError("--systems: the file names checkpoints and methods; leave --checkpoint, "
                         "--method and --images out, or --systems")
+    if args.systems and processes.size() > 1:
+        raise UserError("--systems: it runs other programs in turn; start it without torchrun")
     if args.rows and not args.systems:
         raise UserError("--rows: these are rows of a --systems file; give one")
     refuse_minors(args.concept, "--concept")
@@ -322,6 +328,8 @@ def main(args):
         make_folder(folder)
         check_own(folder, os.path.join(report, "results.json"))
     device, dtype, _ = choose_device(args.device, args.dtype)
+    device = processes.own_device(device)
+    processes.start(device)
     for file in files.values():
         refused = f", {file.refused} refused for mentioning minors" if file.refused else ""
         print(f"{file.name}: {file.kind}, {len(file.prompts)} pictures of {file.prompt_count} "

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from plumbing import processes
 from plumbing.options import UserError, first_line, is_out_of_memory
 from plumbing.weights import load_clip
 
@@ -121,9 +122,10 @@ class Nudity:
                 raise
             raise UserError(f"the detector NudeNet is not installed ({error}); "
                             "pip install nudenet==3.4.2") from None
+        device = torch.device(device)
         options = onnxruntime.SessionOptions()          # threads that wait by spinning would slow
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")    # torch's
-        device = torch.device(device)
+        options.intra_op_num_threads = processes.threads(device)
         providers = ["CPUExecutionProvider"]
         available = onnxruntime.get_available_providers()   # CUDA's with onnxruntime-gpu installed
         if device.type == "cuda" and "CUDAExecutionProvider" in available:

@@ -3,6 +3,7 @@
     python sample.py "a large peach on a blue background"                   # the base model
     python sample.py --prompts data/unsafe_unseen.csv --checkpoint out/shield --images 32
     python sample.py "a castle" --model CompVis/stable-diffusion-v1-4 --method sld-medium
+    torchrun --nproc-per-node 2 sample.py --prompts i2p.csv             # drawn by two processes
 
 Writes one PNG per picture, grid.png, and samples.json into --output-dir, in place of what an
 earlier command drew there. Pictures that trip NudeNet are pixelated; of a model whose world.json
@@ -58,7 +59,7 @@ from tqdm import tqdm
 from ddpo import denoise, draw_noise
 from judging.pictures import GRID, check_own, file_names, replace_own
 from model import Policy, guidance_of
-from plumbing import remarks
+from plumbing import processes, remarks
 from plumbing.devices import DTYPES, choose_device
 from plumbing.files import make_folder, write
 from plumbing.plots import censor, pixelate, save_grid
@@ -147,6 +148,22 @@ def generate_with_blocking(policy, method, prompts, seeds, args, after_batch=lam
     return pictures, blocked
 
 
+def draw_shares(policy, method, prompts, seeds, args):
+    """generate_with_blocking's pictures and answers; of several processes each draws a share.
+
+    Whole batches, so that they are one process's. Every process has all of them at the end.
+    """
+    own = processes.own_batches(len(prompts), args.batch_size)
+    drawn = []
+    with tqdm(total=len(own), desc="sampling", disable=not processes.is_lead()) as bar:
+        for batch in own:
+            drawn.append((batch, generate_with_blocking(policy, method, prompts[batch],
+                                                        seeds[batch], args, bar.update)))
+    drawn = sorted(sum(processes.gather(drawn), []), key=lambda part: part[0].start)
+    pictures, blocked = zip(*(part for _, part in drawn), strict=True)
+    return np.concatenate(pictures), np.concatenate(blocked)
+
+
 def blocked_pictures(policy, method, prompts, seeds, pictures, args):
     """Which pictures a Method's blocker stops, before or after they are drawn: (N,) bool."""
     blocked = np.zeros(len(prompts), bool)
@@ -191,6 +208,8 @@ def main(args):
     make_folder(args.output_dir)
     check_own(args.output_dir)
     device, dtype, _ = choose_device(args.device, args.dtype)
+    device = processes.own_device(device)
+    processes.start(device)
     nudity = Nudity(device=device)
 
     policy = Policy(base_of(checkpoint, args.model), checkpoint.parts, device, DTYPES[dtype])
@@ -201,8 +220,9 @@ def main(args):
         remarks.name_long([policy.concept], policy.tokenizer, policy.text_length, "--concept")
     policy.schedule(args.steps, args.eta)
     prompts, seeds = cycle_prompts(prompts, args.images or len(prompts), args.seed)
-    with tqdm(total=-(-len(prompts) // args.batch_size), desc="sampling") as bar:
-        pictures, blocked = generate_with_blocking(policy, method, prompts, seeds, args, bar.update)
+    pictures, blocked = draw_shares(policy, method, prompts, seeds, args)
+    if not processes.is_lead():
+        return
 
     fires = is_flagged(nudity(pictures), labels)
     harmless = policy.world.harmless

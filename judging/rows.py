@@ -15,6 +15,7 @@ import rivals
 from judging.pictures import pictures_by_case, read_manifest, read_picture, turns
 from judging.store import code_hash, latent_keys, sha256
 from model import Policy
+from plumbing import processes
 from plumbing.checkpoints import LORA_FILE, read_args
 from plumbing.devices import DTYPES
 from plumbing.formats import local_folder
@@ -224,6 +225,7 @@ class Row:
 def draw_row(system, policy, files, store, args, decode, after_batch=lambda: None):
     """A system as a Row; what the store lacks of its latents is drawn before this returns.
 
+    Of several processes each draws a share, and the first one's Row is whole.
     policy: the system's; files: {name: File}; decode: latents -> pictures, any policy's of the
     same base; args: steps, eta, guidance, resolution, batch_size. A blocked picture is black.
     """
@@ -249,9 +251,18 @@ def draw_row(system, policy, files, store, args, decode, after_batch=lambda: Non
 
     for name, file in files.items():
         keys[name] = latent_keys(file, fingerprint, drawn_by, concept, args, shape)
-        draw_missing(policy, method, file, keys[name], store, args, after_batch)
+        own = processes.own_batches(len(keys[name]), args.batch_size)
+        draw_missing(policy, method, file, keys[name], own, store, args, after_batch)
         if method.blocker:
-            blocked[name] = ask_blocker(policy, method, file, keys[name], store, args, pictures_of)
+            ask_blocker(policy, method, file, keys[name], own, store, args, pictures_of)
+    processes.gather(None)                              # every process has drawn its share
+    for name, file in files.items():
+        batches = processes.all_batches(len(keys[name]), args.batch_size)
+        if processes.size() > 1 and processes.is_lead():        # where it sees no other's cache
+            draw_missing(policy, method, file, keys[name], batches, store, args)
+        if method.blocker and processes.is_lead():
+            blocked[name] = ask_blocker(policy, method, file, keys[name], batches, store, args,
+                                        pictures_of)
 
     def look(file, start):
         pictures = pictures_of(keys[file.name][start:start + CHUNK])
@@ -261,15 +272,14 @@ def draw_row(system, policy, files, store, args, decode, after_batch=lambda: Non
     return Row(system.name, look, about, blocked)
 
 
-def draw_missing(policy, method, file, keys, store, args, after_batch=lambda: None):
-    """Draw what the store lacks, or has in another shape.
+def draw_missing(policy, method, file, keys, batches, store, args, after_batch=lambda: None):
+    """Draw what the store lacks, or has in another shape, of these batches (slices).
 
-    Batches are cut alike whatever it has, so that no picture depends on it.
+    They are cut alike whatever it has, so that no picture depends on it.
     """
     schedule = policy.schedule(args.steps, args.eta)
     shape = policy.latent_shape(args.resolution)
-    for start in range(0, len(keys), args.batch_size):
-        batch = slice(start, start + args.batch_size)
+    for batch in batches:
         if not all(key in store and store[key].shape == shape for key in keys[batch]):
             latents = draw_latents(policy, method.sampler, file.prompts[batch], file.seeds[batch],
                                    schedule, args.guidance, args.batch_size, args.resolution)
@@ -278,11 +288,10 @@ def draw_missing(policy, method, file, keys, store, args, after_batch=lambda: No
         after_batch()
 
 
-def ask_blocker(policy, method, file, keys, store, args, pictures_of):
-    """Which of a file's pictures (N,) bool the method's blocker stops; its answers are stored."""
+def ask_blocker(policy, method, file, keys, batches, store, args, pictures_of):
+    """Which pictures of these batches the method's blocker stops: bool; its answers are stored."""
     code, blocked = code_hash(method.name), []
-    for start in range(0, len(keys), args.batch_size):
-        batch = slice(start, start + args.batch_size)
+    for batch in batches:
         pictures = pictures_of(keys[batch])
         names = []
         for key, picture in zip(keys[batch], pictures, strict=True):

@@ -1,8 +1,10 @@
-"""Sharing an epoch between the processes that torchrun starts; one process alone passes through.
+"""Sharing work between the processes that torchrun starts; one process alone passes through.
 
-Every process knows the whole epoch: its prompts, seeds, rewards, advantages. Each draws and learns
-from its own share of every update's pictures; gradients are summed, so that the update is one
-process's to rounding.
+An epoch of training: every process knows the whole epoch, its prompts, seeds, rewards and
+advantages. Each draws and learns from its own share of every update's pictures; gradients are
+summed, so that the update is one process's to rounding. sample.py and evaluate.py: each process
+draws every n-th batch of pictures, as one process alone would, and the first one looks at them,
+writes and prints.
 """
 import os
 import sys
@@ -51,17 +53,30 @@ def own_device(device):
     return f"cuda:{number('LOCAL_RANK', 0)}"
 
 
+def threads(device):
+    """How many threads a library beside torch may take, a torch.device being this process's.
+
+    As many as torch on a CPU; beside a GPU, where torch takes few, this process's share of the CPU.
+    """
+    import torch
+    if device.type == "cpu":
+        return torch.get_num_threads()
+    return max(1, os.cpu_count() // number("LOCAL_WORLD_SIZE", 1))
+
+
 def start(device):
-    """Meet the others: NCCL between GPUs, gloo between CPUs."""
+    """Meet the others: NCCL between GPUs, gloo between CPUs. Only the first one prints then."""
     if size() == 1:
         return
+    if not is_lead():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     import signal
     from datetime import timedelta
 
     import torch
 
     def end(*_):                                        # torchrun ends the others when one has died
-        sys.stderr.write(f"train.py: {ENDED}\n")
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {ENDED}\n")
         os._exit(143)
     signal.signal(signal.SIGTERM, end)
     on_gpu = device.startswith("cuda")
@@ -74,6 +89,16 @@ def start(device):
         raise UserError(f"WORLD_SIZE: {size()} processes are said to be there and can't meet "
                         f"({first_line(error)}); start them by torchrun, or unset WORLD_SIZE and "
                         "RANK") from None
+
+
+def all_batches(count, batch_size):
+    """`count` pictures in batches, a list of slices."""
+    return [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+def own_batches(count, batch_size):
+    """Of these the ones that this process draws: every n-th, of n processes."""
+    return all_batches(count, batch_size)[rank()::size()]
 
 
 def local_share(count, updates):

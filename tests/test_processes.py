@@ -1,4 +1,6 @@
 """plumbing/processes.py: an epoch shared by two processes is one process's."""
+import filecmp
+import json
 import os
 import signal
 import subprocess
@@ -11,15 +13,16 @@ import torch
 from conftest import ROOT
 from runs import ENVIRONMENT, metrics_of, start
 
+import evaluate
 import train
 from plumbing import processes
 from plumbing.options import UserError
 
 
-def shared(count, *options):
+def shared(count, *options, program="train.py"):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
                 "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return subprocess.Popen([*torchrun, "train.py", *options], cwd=ROOT, env=ENVIRONMENT, text=True,
+    return subprocess.Popen([*torchrun, program, *options], cwd=ROOT, env=ENVIRONMENT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -86,6 +89,56 @@ def test_two_processes_give_one_processs_curve(small, tmp_path, options):
     assert "2 share each update's pictures" in out
     assert out.count("the fine-tuned model is in") == 1
     assert_close(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one"))
+
+
+def test_two_processes_draw_and_judge_what_one_does(pipeline, tmp_path):
+    """Batches of three of seven pictures, plain and guided."""
+    (tmp_path / "p.txt").write_text("a dog\na large peach\n")
+    common = ["--prompts", str(tmp_path / "p.txt"), "--model", pipeline, "--batch-size", "3",
+              "--steps", "2", "--guidance", "2", "--device", "cpu"]
+    commands = {
+        "sample.py": [*common, "--images", "7", "--no-censor"],
+        "evaluate.py": [*common, "--pictures", "7", "--method", "negative:skin",
+                        "--second-opinion", "none"],
+    }
+    for program, options in commands.items():
+        for count in (1, 2):
+            folder = str(tmp_path / f"{program}{count}")
+            cache = ["--cache", folder + "_cache"] if program == "evaluate.py" else []
+            process = shared(count, *options, *cache, "--output-dir", folder, program=program)
+            out, err = process.communicate(timeout=200)
+            assert process.returncode == 0, err
+            assert out.count("7 pictures in" if program == "sample.py" else "the report is") == 1
+        one, two = (str(tmp_path / f"{program}{count}") for count in (1, 2))
+        if program == "sample.py":
+            names = os.listdir(one)
+            assert len(names) == 9 and filecmp.cmpfiles(one, two, names)[0] == names
+        else:
+            tables = [json.load(open(f"{folder}/results.json"))["table"] for folder in (one, two)]
+            assert tables[0] == tables[1] and len(tables[0]["p.txt"]) == 2
+
+
+def test_a_table_of_systems_is_made_by_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--systems: it runs other programs in turn; start it with"):
+        evaluate.main(evaluate.parse_args(["--systems", "rivals/systems.csv"]))
+
+
+def test_each_of_three_processes_draws_every_third_batch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    own = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        own.append(processes.own_batches(10, 3))
+    assert own == [[slice(0, 3), slice(9, 10)], [slice(3, 6)], [slice(6, 9)]]
+    assert processes.own_batches(2, 1) == []
+
+
+def test_a_detector_has_torchs_threads_on_a_cpu_and_a_share_of_them_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert processes.threads(torch.device("cpu")) == torch.get_num_threads()
+    assert processes.threads(torch.device("cuda")) == 4
 
 
 def test_pictures_that_can_not_be_shared_evenly_are_refused(small, tmp_path, monkeypatch):
