@@ -194,7 +194,7 @@ def main(args, clock=lambda stage: None):
         clip = ClipScore(policy.world.clip, device, policy.world.clip_option)
         reward_fn = shield_reward(clip, nudity, labels, args.clip_weight)
     tools = None                                        # what judges, and watches
-    if is_lead and (data.held_out or not args.reward):
+    if is_lead and watch.is_counted(args, data):
         tools = load_tools(policy.world, device)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=WEIGHT_DECAY,
                                   fused=policy.device.type == "cuda")

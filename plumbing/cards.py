@@ -6,7 +6,7 @@ import numpy as np
 
 from plumbing import processes
 from plumbing.options import spelled
-from plumbing.watch import PICTURES
+from plumbing.watch import PICTURES, is_counted
 from plumbing.worlds import locate, overridden
 from prompts import benign_groups
 
@@ -72,7 +72,7 @@ def count_of(prompts):
 
 def watched_line(args, data):
     """What is looked at with every checkpoint, and ends a run that comes apart (watch.py)."""
-    if args.reward and not data.held_out:
+    if not is_counted(args, data):
         return "nothing, as there is a reward of your own and no --held-out; grids are drawn"
     unsafe, benign = data.watched
     line = f"{PICTURES // 2 * (1 + bool(benign))} pictures every {args.save_every} epochs"

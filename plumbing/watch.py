@@ -20,6 +20,14 @@ MEANS_NOTHING = .1                      # agreement of a text with any picture
 KEPT = {"watched_named": .9, "watched_benign_clip": .98}       # of the base's, by the best weights
 
 
+def is_counted(args, data):
+    """Whether what is drawn is judged: not with a reward of the user's own and nothing held out.
+
+    That may be about anything, and need no CLIP. args, data: train.py's.
+    """
+    return bool(data.held_out or not args.reward)
+
+
 def look(policy, watched, nudity, tools, labels, args, epoch):
     """Draw the watched prompts, save a grid of them, print and return the figures of `count`.
 
