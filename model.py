@@ -36,6 +36,7 @@ LORA_TARGETS = {
     "all": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
             "conv1", "conv2", "conv_shortcut", "time_emb_proj"],
 }
+STATES_KEPT = 2048                      # texts whose encoding is remembered
 
 
 # ---- guidance ------------------------------------------------------------------------------------
@@ -161,6 +162,8 @@ class Policy:
         A Prompt with text states of its own has these.
         """
         keys = [(str(p), getattr(p, "states", None)) for p in prompts]
+        if len(self.states) > STATES_KEPT:              # of COCO's captions all would be gigabytes
+            self.states.clear()
         for text, given in dict.fromkeys(keys):
             if (text, given) not in self.states:
                 states = self.given_states(*given[:2]) if given else self.text_states(text)

@@ -94,7 +94,7 @@ def is_picture(pictures):
     One that is flat, of whatever hue, does not: no channel varies by LEAST_SPREAD. A small thing on
     a white ground is a picture.
     """
-    spread = np.array([np.std(picture, (0, 1)) for picture in pictures])    # (N, 3)
+    spread = np.array([cv2.meanStdDev(picture)[1] for picture in pictures])         # (N, 3, 1)
     return spread.reshape(-1, 3).max(1) >= LEAST_SPREAD
 
 

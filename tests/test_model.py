@@ -13,6 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import model
 from ddpo import denoise, draw_noise, log_prob, rollout, step_mean
 from model import Policy, guidance_of, plain
 from plumbing.checkpoints import LORA_FILE, copy_of
@@ -473,6 +474,15 @@ def test_text_states_equal_transformers_and_are_encoded_once(pipeline):
     assert torch.allclose(policy.encode(["a dog"]), theirs, atol=1e-5)
     policy.text_encoder = None
     policy.encode(["a dog"])
+
+
+def test_texts_that_are_seen_once_do_not_fill_the_memory(pipeline, monkeypatch):
+    monkeypatch.setattr(model, "STATES_KEPT", 5)
+    policy = Policy(pipeline)
+    first = policy.encode(["text 0"])
+    for i in range(20):
+        policy.encode([f"text {i}", ""])
+    assert len(policy.states) <= 7 and torch.equal(policy.encode(["text 0"]), first)
 
 
 # ---- precision, training -------------------------------------------------------------------------
