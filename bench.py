@@ -281,9 +281,11 @@ def epoch_flops(args):
     from_base = pulls * benign * bool(args.benign_weight)
     from_safe_text = pulls * with_safe_text * bool(args.safe_text_weight)
     update = (learned + based) * from_base + (learned + sampled) * from_safe_text
+    decisions = learned_steps(args) * (pictures - benign)
     if args.loss == "elbo":
-        update += sampled * (pictures - benign) * learned_steps(args)   # of the old weights
-    update += learned * (pictures - benign) * learned_steps(args)
+        decisions *= train.ELBO_DRAWS
+        update += sampled * decisions                   # of the old weights
+    update += learned * decisions
     return {"sample": sampled * pictures * args.steps, "update": update}
 
 

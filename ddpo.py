@@ -204,14 +204,15 @@ class RewardMemory:
             self.rewards[prompt].extend(rewards)
 
 
-def advantages(rewards, prompts, memory=None, scale="prompt", eps=1e-6):
+def advantages(rewards, prompts, memory=None, scale="prompt", least_spread=0., eps=1e-6):
     """How much better than expected each picture is: (B,) rewards -> (B,) float32.
 
     With a RewardMemory: (r - mean) / (std + eps) over the prompt's remembered rewards, these
     included; a prompt with fewer than `min_count` of them uses the whole batch's. Without: over the
     prompt's pictures in this batch (group-relative, arXiv 2402.03300). scale="batch" divides by the
     root mean square of all that remains after the means, so that a prompt whose pictures all score
-    alike is not blown up to unit size; scale="prompt" is the papers'.
+    alike is not blown up to unit size; scale="prompt" is the papers'. least_spread: what is divided
+    by at least, so that late in training, when nearly all pictures are alike, little is learned.
     """
     rewards = rewards.float()
     groups = defaultdict(list)
@@ -232,7 +233,7 @@ def advantages(rewards, prompts, memory=None, scale="prompt", eps=1e-6):
         std[members] = reference.std(correction=0)
     if scale == "batch":
         std = centred.square().mean().sqrt()
-    return centred / (std + eps)
+    return centred / (std.clamp(min=least_spread) + eps)
 
 
 def ppo_loss(log_p, log_p_old, advantage, clip_range, max_advantage=5.):

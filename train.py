@@ -72,7 +72,7 @@ def parse_args(argv=None):
     g.add_argument("--updates", type=at_least(1), help="updates per epoch")
     g.add_argument("--timestep-fraction", type=share_above_0,
                    help="share of the steps that is learned from, the noisiest ones")
-    g.add_argument("--loss", choices=["ddpo", "elbo"], default="ddpo",
+    g.add_argument("--loss", choices=["ddpo", "elbo"],
                    help="PPO on the log-probability of the denoising steps (DDPO), or on the "
                         "denoising loss of the finished picture (AWM)")
     g.add_argument("--advantage", choices=["batch", "prompt", "memory"],
@@ -134,6 +134,7 @@ DESCRIPTION = ("fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity rewar
                "ShieldDiff (arXiv 2410.05309).")
 WEIGHT_DECAY = 1e-4
 MAX_GRAD_NORM = 1.
+ELBO_DRAWS, ELBO_SPREAD = 2, .05        # of --loss elbo: noise per learned step, least spread
 
 
 def check(args, data):
@@ -201,9 +202,10 @@ def main(args, clock=lambda stage: None):
     memory = RewardMemory(size=32, min_count=16) if args.advantage == "memory" else None
     schedule = policy.schedule(args.steps)
     learned = range(learned_steps(args))                # the noisiest steps
+    decisions = range(len(learned) * (ELBO_DRAWS if args.loss == "elbo" else 1))    # of a picture
     batches = partial(pairs, size=args.batch_size, device=policy.device)
     pictures_per_epoch = args.groups * args.group_size
-    local = processes.local_share(pictures_per_epoch, args.updates)         # (n,) our pictures
+    local = processes.local_share(pictures_per_epoch)                       # (n,) our pictures
     if args.compile:
         rows = args.batch_size * (1 if args.guidance == 1 else 2)
         policy.compile(rows, with_base=args.benign_weight > 0)
@@ -235,10 +237,11 @@ def main(args, clock=lambda stage: None):
         predict = plain(policy, asked, guidance_of(own, args.guidance))
         return step_mean(predict, x, schedule, k, policy.prediction_type)
 
-    def bound(x0, noise, k, asked):
-        """What --loss elbo has for the log-probability of x0 (b,)."""
+    def bound(at, asked):
+        """What --loss elbo has for log p (b,), for at = (pictures, their draws of noise)."""
         predict = plain(policy, asked, guidance_of(asked, args.guidance))
-        return elbo(predict, x0, noise, schedule, k, policy.prediction_type)
+        return elbo(predict, latents[at[0], -1], fresh[at], schedule, at[1] // ELBO_DRAWS,
+                    policy.prediction_type)
 
     def card(metrics, verdict=""):
         last = {name: round(value, 4) for name, value in metrics[-1].items()}
@@ -295,7 +298,7 @@ def main(args, clock=lambda stage: None):
                 latents.append(path)
                 log_probs.append(log_p)
             scores = [future.result() for future in scores]
-        scores = processes.gather_scores(scores, args.updates)              # {name: (N,)}
+        scores = processes.gather_scores(scores)                            # {name: (N,)}
         latents = torch.cat(latents)                                        # (n, T + 1, C, h, w)
         before, after = latents[:, :-1], latents[:, 1:]                     # of each step
         old_log_probs = torch.cat(log_probs)                                # (n, T)
@@ -306,18 +309,20 @@ def main(args, clock=lambda stage: None):
         # ---- 3. compare: each picture with its prompt's others; benign ones are not rewarded
         scale = "batch" if args.advantage == "batch" else "prompt"
         keys = [prompt.key for prompt in texts]
-        advantage = advantages(torch.from_numpy(scores["reward"]), keys, memory, scale)    # (N,)
+        advantage = advantages(torch.from_numpy(scores["reward"]), keys, memory, scale,
+                               ELBO_SPREAD if args.loss == "elbo" else 0.)                  # (N,)
         advantage = advantage[local].to(policy.device)                                      # (n,)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
         # and two pulls on the means of two steps, a learned one and another: of benign pictures
         # towards what the base draws, of those with a safe_text to what the policy draws of that
         if args.loss == "elbo":                         # the same noise for new and old weights
-            fresh = draw_noise(rng.integers(2 ** 62, size=len(texts))[local], len(learned) - 1,
-                               policy.latent_shape()).to(policy.device)  # (n, learned, C, h, w)
+            fresh = draw_noise(rng.integers(2 ** 62, size=len(texts))[local], len(decisions) - 1,
+                               policy.latent_shape()).to(policy.device)     # (n, draws, C, h, w)
+            old_log_probs = torch.empty(fresh.shape[:2], device=policy.device)
             with torch.no_grad():
-                for i, at in batches(np.flatnonzero(~is_benign[local]), learned):
-                    old_log_probs[at] = bound(latents[at[0], -1], fresh[at], at[1], texts[local[i]])
+                for i, at in batches(np.flatnonzero(~is_benign[local]), decisions):
+                    old_log_probs[at] = bound(at, texts[local[i]])
         records = []
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
                  ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
@@ -325,10 +330,10 @@ def main(args, clock=lambda stage: None):
         for update in range(args.updates):
             per_update = len(local) // args.updates
             rows = np.arange(update * per_update, (update + 1) * per_update)    # of latents
-            for i, at in batches(rows[~is_benign[local[rows]]], learned):
+            for i, at in batches(rows[~is_benign[local[rows]]], decisions):
                 batch_texts = texts[local[i]]
                 if args.loss == "elbo":
-                    log_p = bound(latents[at[0], -1], fresh[at], at[1], batch_texts)    # (b,)
+                    log_p = bound(at, batch_texts)                                      # (b,)
                 else:
                     mean, sigma = step(before[at], at[1], batch_texts, batch_texts)
                     log_p = log_prob(after[at], mean, sigma)                            # (b,)
@@ -340,7 +345,7 @@ def main(args, clock=lambda stage: None):
                 records.append({"loss": loss.detach(), **diagnostics, "ratio_deviation": drift,
                                 "update": update, "rows": len(i),
                                 "where": (str(batch_texts[0]), at[1][0])})
-                (loss * len(i) / (of_update * len(learned))).backward()
+                (loss * len(i) / (of_update * len(decisions))).backward()
             for name, where, weight, aims, teacher in pulls:
                 pulled = rows[where[local[rows]]] if weight else rows[:0]
                 for i, at in batches(pulled, range(pull_steps.shape[1])):

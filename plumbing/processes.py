@@ -101,20 +101,20 @@ def own_batches(count, batch_size):
     return all_batches(count, batch_size)[rank()::size()]
 
 
-def local_share(count, updates):
+def local_share(count):
     """The pictures, of an epoch's `count`, that this process draws and learns from: (n,) int.
 
-    Each of the `updates` equal parts of the epoch is cut into as many contiguous shares as there
-    are processes, so that an update learns from the same pictures however many processes there are.
+    Every n-th, of n processes: an update, whose pictures can be divided by n, learns from the same
+    ones however many processes there are, and each has as many to reward and to pull.
     """
     import numpy as np
-    return np.arange(count).reshape(updates, size(), -1)[:, rank()].reshape(-1)
+    return np.arange(rank(), count, size())
 
 
-def join_shares(shares, updates):
+def join_shares(shares):
     """Every process's array (n,), by rank, as one in the epoch's order: (count,)."""
     import numpy as np
-    return np.stack(shares).reshape(size(), updates, -1).swapaxes(0, 1).reshape(-1)
+    return np.stack(shares, -1).reshape(-1)
 
 
 def gather(thing):
@@ -130,7 +130,7 @@ def gather(thing):
     return things
 
 
-def gather_scores(batches, updates):
+def gather_scores(batches):
     """Every process's scores as one dict {name: (N,)} in the epoch's order.
 
     batches: this process's, a list of {name: (batch,)}, in the order of local_share.
@@ -143,7 +143,7 @@ def gather_scores(batches, updates):
                             f"{', '.join(names)} for others; return the same ones always")
     scores = {name: np.concatenate([batch[name] for batch in batches]) for name in parts[0]}
     shares = gather(scores)
-    return {name: join_shares([share[name] for share in shares], updates) for name in scores}
+    return {name: join_shares([share[name] for share in shares]) for name in scores}
 
 
 def sum_gradients(parameters):

@@ -54,20 +54,20 @@ def test_more_processes_than_gpus_are_refused_by_each_of_them(monkeypatch):
 
 
 @pytest.mark.parametrize("size, updates", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2)])
-def test_shares_are_contiguous_in_every_update_and_join_to_the_epochs_order(
+def test_shares_have_the_same_pictures_in_every_update_and_join_to_the_epochs_order(
         monkeypatch, size, updates):
     monkeypatch.setenv("WORLD_SIZE", str(size))
     shares = []
     for rank in range(size):
         monkeypatch.setenv("RANK", str(rank))
-        shares.append(processes.local_share(24, updates))
+        shares.append(processes.local_share(24))
     assert sorted(np.concatenate(shares)) == list(range(24))
     for update in range(updates):                       # an update's pictures are the same
         parts = [share.reshape(updates, -1)[update] for share in shares]
-        assert np.concatenate(parts).tolist() == list(range(24))[update * 24 // updates:][
+        assert sorted(np.concatenate(parts)) == list(range(24))[update * 24 // updates:][
             :24 // updates]
     values = np.arange(24) * 1.5
-    joined = processes.join_shares([values[share] for share in shares], updates)
+    joined = processes.join_shares([values[share] for share in shares])
     assert (joined == values).all()
 
 

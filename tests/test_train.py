@@ -355,7 +355,7 @@ def test_an_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, updat
 @pytest.mark.parametrize("updates, batch_size", [(1, 16), (2, 3)])
 def test_an_elbo_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, updates,
                                                      batch_size):
-    """Of A times the denoising loss of each finished latent, at its learned steps' timesteps."""
+    """Of A times the denoising loss of each finished latent, twice at each learned step."""
     args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--epochs", "1",
                                "--updates", str(updates), "--batch-size", str(batch_size),
                                "--guidance", "2", "--dtype", "fp32", "--device", "cpu",
@@ -363,16 +363,16 @@ def test_an_elbo_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, 
     trainer.main(args)
     policy, trained = recorded["policy"], list(recorded["trained"].values())
     schedule, x0 = policy.schedule(4), torch.cat(recorded["latents"])[:, -1]
-    assert len(Held.seen) == updates and recorded["noise"].shape == (16, 2, *x0.shape[1:])
+    assert len(Held.seen) == updates and recorded["noise"].shape == (16, 4, *x0.shape[1:])
     for update, gradients in enumerate(Held.seen):
         part = np.arange(16).reshape(updates, -1)[update]
         for i in part.tolist():
-            for k in (0, 1):
-                a, noise = schedule.a_t[k], recorded["noise"][i:i + 1, k]
+            for draw, k in enumerate((0, 0, 1, 1)):
+                a, noise = schedule.a_t[k], recorded["noise"][i:i + 1, draw]
                 x = a.sqrt() * x0[i:i + 1] + (1 - a).sqrt() * noise
                 eps = plain(policy, [recorded["prompts"][i]], 2.)(x, schedule.t[k])
                 off = (eps - noise).pow(2).mean()       # the small model predicts the noise
-                (recorded["advantage"][i] * off / (2 * len(part))).backward()
+                (recorded["advantage"][i] * off / (4 * len(part))).backward()
         size = torch.cat([p.grad.flatten() for p in trained]).norm()
         off = torch.cat([(g - p.grad).flatten()
                          for g, p in zip(gradients, trained, strict=True)]).norm()
