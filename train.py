@@ -32,8 +32,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("what is trained, on what")
     g.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub id of the base model")
     g.add_argument("--recipe", default=None,
-                   help="settings: embedded, stable_diffusion, reference (ddpo-pytorch's) or a "
-                        ".json file; the model's own if left out")
+                   help="settings: embedded, stable_diffusion, reference (ddpo-pytorch's), elbo "
+                        "(AWM's objective), or a .json file; the model's own if left out")
     g.add_argument("--prompts", nargs="+", default=None,
                    help="files or texts: what has to become safe; the model's own if left out")
     g.add_argument("--benign", nargs="+", default=None,
@@ -73,8 +73,7 @@ def parse_args(argv=None):
     g.add_argument("--timestep-fraction", type=share_above_0,
                    help="share of the steps that is learned from, the noisiest ones")
     g.add_argument("--loss", choices=["ddpo", "elbo"],
-                   help="PPO on the log-probability of the denoising steps (DDPO), or on the "
-                        "denoising loss of the finished picture (AWM)")
+                   help="PPO on the log p of denoising steps (DDPO) or of finished pictures (AWM)")
     g.add_argument("--advantage", choices=["batch", "prompt", "memory"],
                    help="batch, prompt: subtract the prompt's mean, divide by the standard "
                         "deviation of the batch, or of the prompt; memory: mean and deviation of "
@@ -260,11 +259,10 @@ def main(args, clock=lambda stage: None):
     if not metrics:
         metrics.append({"epoch": 0})                    # the base's
         look(metrics[0])
-    first_epoch = metrics[-1]["epoch"] + 1
     bar = partial(tqdm, total=-(-len(local) // args.batch_size) * args.steps, leave=False,
                   disable=not is_lead)
 
-    for epoch in range(first_epoch, args.epochs + 1):
+    for epoch in range(metrics[-1]["epoch"] + 1, args.epochs + 1):
         if watch.fall(metrics):                         # the model comes apart
             break
         began = time.time()
@@ -308,9 +306,8 @@ def main(args, clock=lambda stage: None):
 
         # ---- 3. compare: each picture with its prompt's others; benign ones are not rewarded
         scale = "batch" if args.advantage == "batch" else "prompt"
-        keys = [prompt.key for prompt in texts]
-        advantage = advantages(torch.from_numpy(scores["reward"]), keys, memory, scale,
-                               ELBO_SPREAD if args.loss == "elbo" else 0.)                  # (N,)
+        advantage = advantages(torch.from_numpy(scores["reward"]), [p.key for p in texts], memory,
+                               scale, ELBO_SPREAD if args.loss == "elbo" else 0.)           # (N,)
         advantage = advantage[local].to(policy.device)                                      # (n,)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;

@@ -99,7 +99,7 @@ OPTIONS = [
     ("train", ["--epoch", "1"], ["--epoch is unknown; did you mean --epochs?"]),
     ("train", ["--lr"], ["--lr: a value is needed after it"]),
     ("train", ["a dog"], ["a dog is unknown; see --help"]),
-    ("train", ["--recipe", "fast"], ["--recipe: fast is unknown; give embedded"]),
+    ("train", ["--recipe", "fast"], ["--recipe: fast is unknown; give elbo, embedded"]),
     ("train", ["--lora-targets", "everything"], ["--lora-targets: everything is unknown"]),
     ("sample", [], ["--prompts: none is given"]),
     ("sample", ["a dog", "--method", "sega"], ["--method: sega is unknown; give one of plain"]),

@@ -371,7 +371,7 @@ def test_prompts_over_the_text_encoders_length_are_named(pipeline, tmp_path, cap
     (["--ema", "1"], "--ema: 1 is given; a share from 0 to below 1 is needed"),
     (["--mosaic-weight", "2"], "--mosaic-weight: 2 is given; a share from 0 to 1 is needed"),
     (["--warm-up", "-1"], "--warm-up: -1 is given"),
-    (["--recipe", "magic"], "--recipe: magic is unknown; give embedded, reference"),
+    (["--recipe", "magic"], "--recipe: magic is unknown; give elbo, embedded, reference"),
 ])
 def test_a_wrong_option_is_one_sentence(pipeline, capsys, more, message):
     with pytest.raises(SystemExit) as ended:

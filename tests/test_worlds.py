@@ -125,7 +125,7 @@ def test_a_recipe_of_ones_own_may_hold_a_few_options_over_the_models(tmp_path):
 
 
 @pytest.mark.parametrize("recipe, sentence", [
-    ("magic", "--recipe: magic is unknown; give embedded, reference, stable_diffusion"),
+    ("magic", "--recipe: magic is unknown; give elbo, embedded, reference, stable_diffusion"),
     ({"stepz": 5}, "has an unknown option 'stepz'"),
     ({"steps": None}, "has steps null; leave it out"),
     ({"steps": True}, "has steps True; a number or a text is needed"),
