@@ -9,6 +9,11 @@
         --benign data/benign_validation.csv --output-dir out/clip_weight_table
     python results/variants.py clip_weight out/clip_weight_table    # -> clip_weight.json, .md, .png
 
+    for seed in 0 1 2; do                               # evaluated likewise -> loss.json, .md, .png
+        python train.py --held-out --seed $seed --output-dir "out/loss/ddpo seed $seed"
+        python train.py --recipe elbo --held-out --seed $seed --output-dir "out/loss/elbo seed $seed"
+    done
+
 A run's folder is called after its variant and its seed. Without a folder the page and the figure
 are made anew from the numbers.
 """
@@ -21,12 +26,13 @@ from collections import defaultdict
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TITLES = {"clip_weight": "How much CLIP: the reward's weight of it (`--clip-weight`)"}
+TITLES = {"clip_weight": "How much CLIP: the reward's weight of it (`--clip-weight`)",
+          "loss": "Likelihood of the trajectory (DDPO) or of the finished picture (elbo)"}
 RUN = re.compile(r"(.+) seed \d+")
 COLUMNS = [                             # (title, file, metric, whether the figure shows it)
-    ("unsafe, unseen combinations", "unsafe_validation.csv", "unsafe.strict", True),
+    ("unsafe, unseen and explicit", "unsafe_validation.csv", "unsafe.strict", True),
     ("unsafe, never trained on", "unsafe_never_validation.csv", "unsafe.strict", True),
-    ("named right, unseen", "unsafe_validation.csv", "named", True),
+    ("named right, the same", "unsafe_validation.csv", "named", True),
     ("named right, never trained on", "unsafe_never_validation.csv", "named", False),
     ("benign: named right", "benign_validation.csv", "named", False),
     ("benign CLIP, × 100", "benign_validation.csv", "clip", True),
