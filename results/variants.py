@@ -11,7 +11,8 @@
 
     for seed in 0 1 2; do                               # evaluated likewise -> loss.json, .md, .png
         python train.py --held-out --seed $seed --output-dir "out/loss/ddpo seed $seed"
-        python train.py --recipe elbo --held-out --seed $seed --output-dir "out/loss/elbo seed $seed"
+        python train.py --held-out --seed $seed --output-dir "out/loss/elbo seed $seed" \\
+            --recipe elbo
     done
 
 A run's folder is called after its variant and its seed. Without a folder the page and the figure
