@@ -29,8 +29,9 @@ def shared(count, *options, program="train.py"):
 def assert_close(one, other):
     for a, b in zip(one, other, strict=True):
         assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], abs=1e-4), name
+        for name in a:                                  # the loss is of rewards over their spread:
+            rounding = 2e-6 / b["reward_std"] if name == "loss" else 1e-4   # a pixel's value in 255
+            assert a[name] == pytest.approx(b[name], abs=rounding), name
 
 
 def test_one_gpu_by_number_is_not_for_several_processes(monkeypatch):
