@@ -153,6 +153,13 @@ def test_a_report_sets_each_stage_against_its_floor(pipeline, monkeypatch):
     assert "4 pictures, 4 steps, guidance 2, batch 2, 1 updates, LoRA rank 2 on attention" in text
 
 
+def test_a_long_epoch_is_timed_once_from_end_to_end(pipeline):
+    text = bench.report(args_of(pipeline), 1, with_stages=False, warm_up=0)
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    assert rows == ["stage", "---", "epoch"] and "scoring" not in text
+    assert "median of 1 epochs" in text and "graphs" not in text
+
+
 # ---- TRL -----------------------------------------------------------------------------------------
 
 def test_against_takes_turns_with_the_other_trainer(pipeline, tmp_path, monkeypatch):
