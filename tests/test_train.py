@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
 from functools import partial
 
@@ -16,10 +17,11 @@ import torch
 from conftest import ROOT
 from runs import differing, fork, metrics_of, train, without
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as trainer
 from bench import compiled_graphs
-from ddpo import advantages, draw_noise, draw_steps, rollout
+from ddpo import advantages, draw_noise, draw_steps, pairs, rollout
 from model import Policy, plain
 from plumbing import watch
 from plumbing.checkpoints import load_checkpoint
@@ -424,6 +426,36 @@ def test_the_clock_is_told_every_stage_of_every_epoch(small, tmp_path):
     trainer.main(args, stages.append)
     epoch = ["sample", "decode", "score"] * 2 + ["update", "tell"]
     assert stages == epoch * 2
+
+
+def test_no_step_reads_a_number_for_which_a_gpu_would_be_waited(small, tmp_path, monkeypatch):
+    """In sampling and learning; what the indices cost is for tests/test_gpu.py."""
+    asked, seen = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            if function is torch.ops.aten._local_scalar_dense.default:
+                asked.append(traceback.format_stack(limit=8))
+            return function(*args, **(kwargs or {}))
+
+    def watched_pairs(*args, **options):
+        for found in pairs(*args, **options):
+            with Watch():
+                yield found
+
+    def watched_rollout(predict, *args, **options):
+        def watched_predict(x, t):
+            with Watch():
+                return predict(x, t)
+        return rollout(watched_predict, *args, **options)
+    monkeypatch.setattr(trainer, "pairs", watched_pairs)
+    monkeypatch.setattr(trainer, "rollout", watched_rollout)
+    for loss in ("ddpo", "elbo"):
+        trainer.main(trainer.parse_args([
+            *small, "--output-dir", str(tmp_path / loss), "--epochs", "1", "--loss", loss,
+            "--guidance", "2", "--benign", BENIGN, "--benign-share", ".5", "--benign-weight", "1"]))
+    assert len(seen) > 1000 and not asked, asked[:1]
 
 
 def test_the_unet_is_compiled_before_the_first_epoch_and_never_again(small, tmp_path, monkeypatch):
