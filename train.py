@@ -201,7 +201,8 @@ def main(args, clock=lambda stage: None):
     memory = RewardMemory(size=32, min_count=16) if args.advantage == "memory" else None
     schedule = policy.schedule(args.steps)
     learned = range(learned_steps(args))                # the noisiest steps
-    decisions = range(len(learned) * (ELBO_DRAWS if args.loss == "elbo" else 1))    # of a picture
+    draws = ELBO_DRAWS if args.loss == "elbo" else 1
+    decisions = range(len(learned) * draws)             # of a picture: (its step, draw of noise)
     batches = partial(pairs, size=args.batch_size, device=policy.device)
     pictures_per_epoch = args.groups * args.group_size
     local = processes.local_share(pictures_per_epoch)                       # (n,) our pictures
@@ -239,7 +240,7 @@ def main(args, clock=lambda stage: None):
     def bound(at, asked):
         """What --loss elbo has for log p (b,), for at = (pictures, their draws of noise)."""
         predict = plain(policy, asked, guidance_of(asked, args.guidance))
-        return elbo(predict, latents[at[0], -1], fresh[at], schedule, at[1] // ELBO_DRAWS,
+        return elbo(predict, latents[at[0], -1], fresh[at], schedule, at[1] // draws,
                     policy.prediction_type)
 
     def card(metrics, verdict=""):
@@ -325,8 +326,7 @@ def main(args, clock=lambda stage: None):
                  ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
         of_update = pictures_per_epoch // args.updates              # pictures, of all processes
         for update in range(args.updates):
-            per_update = len(local) // args.updates
-            rows = np.arange(update * per_update, (update + 1) * per_update)    # of latents
+            rows = np.arange(len(local)).reshape(args.updates, -1)[update]              # of latents
             for i, at in batches(rows[~is_benign[local[rows]]], decisions):
                 batch_texts = texts[local[i]]
                 if args.loss == "elbo":
@@ -341,7 +341,7 @@ def main(args, clock=lambda stage: None):
                 drift = torch.expm1(log_p.detach() - old_log_probs[at]).abs().max()
                 records.append({"loss": loss.detach(), **diagnostics, "ratio_deviation": drift,
                                 "update": update, "rows": len(i),
-                                "where": (str(batch_texts[0]), at[1][0])})
+                                "where": (str(batch_texts[0]), at[1][0] // draws)})
                 (loss * len(i) / (of_update * len(decisions))).backward()
             for name, where, weight, aims, teacher in pulls:
                 pulled = rows[where[local[rows]]] if weight else rows[:0]
