@@ -35,8 +35,8 @@ def parse_args(argv=None):
     p.add_argument("--to-target", nargs="+", default=[], metavar="RUN",
                    help="folders of runs: when each was safe, with benign pictures kept")
     p.add_argument("--gpu-report", action="store_true",
-                   help="Stable Diffusion 1.5 in full size, with random weights, compiled and not, "
-                        "and in little memory; then the embedded world's default run")
+                   help="the embedded world's default run; then Stable Diffusion 1.5 in full size, "
+                        "with random weights, compiled and not, and in little memory")
     p.add_argument("--output", default="out/bench.md",
                    help="Markdown file that the report is added to")
     args, args.train_options = p.parse_known_args(argv)
@@ -308,9 +308,12 @@ def matrix_rate(device, dtype):
     return 2 * size ** 3 / fastest
 
 
-def report(args, repeats, with_stages=True, warm_up=WARM_UP):
-    """Median seconds of an epoch and its stages against the floor, as Markdown."""
-    clock, args = time_epochs(args, repeats, with_stages, warm_up=warm_up)
+def report(args, repeats, is_long=False):
+    """Median seconds of an epoch and its stages against the floor, as Markdown.
+
+    is_long: an epoch takes so long that none warms up, and none is timed in stages.
+    """
+    clock, args = time_epochs(args, repeats, not is_long, warm_up=0 if is_long else WARM_UP)
     device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
     seconds = {stage: median(epoch[stage] for epoch in clock.stages)
                for stage in STAGES if clock.stages}
@@ -526,8 +529,8 @@ def gpu_report(python):
     model = ["--model", build_sd15("out/sd15_random")]
     for name, (repeats, options) in SD15_RUNS.items():
         args = train.parse_args([*model, *SD15, *options.split()])
-        how = {} if repeats > 1 else {"with_stages": False, "warm_up": 0}
-        yield f"### Stable Diffusion 1.5's size: {name}\n\n" + report(args, repeats, **how)
+        yield (f"### Stable Diffusion 1.5's size: {name}\n\n"
+               + report(args, repeats, is_long=repeats == 1))
     if python:
         yield ("### Stable Diffusion 1.5's size: TRL\n\n"
                + against(python, [*model, *SD15, "--batch-size", "16", "--steps", "10"], 2))

@@ -22,11 +22,16 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections import defaultdict
 
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
+from results.seeds import spread
+
 TITLES = {"clip_weight": "How much CLIP: the reward's weight of it (`--clip-weight`)",
           "loss": "Likelihood of the trajectory (DDPO) or of the finished picture (elbo)"}
 RUN = re.compile(r"(.+) seed \d+")
@@ -60,14 +65,6 @@ def variants_of(rows):
         for column, value in values.items():
             variants[found[1] if found else row][column].append(value)
     return variants
-
-
-def spread(values):
-    """Mean and range of shares, in percent."""
-    values = 100 * np.array(values)
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})"
 
 
 def as_markdown(name, kept):

@@ -154,7 +154,7 @@ def test_a_report_sets_each_stage_against_its_floor(pipeline, monkeypatch):
 
 
 def test_a_long_epoch_is_timed_once_from_end_to_end(pipeline):
-    text = bench.report(args_of(pipeline), 1, with_stages=False, warm_up=0)
+    text = bench.report(args_of(pipeline), 1, is_long=True)
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
     assert rows == ["stage", "---", "epoch"] and "scoring" not in text
     assert "median of 1 epochs" in text and "graphs" not in text
