@@ -83,6 +83,9 @@ def parse_args(argv=None):
     g.add_argument("--safe-text-weight", type=at_least(0, float),
                    help="how strongly pictures of a prompt that has a safe_text are pulled towards "
                         "what the model draws of that")
+    g.add_argument("--hold-weight", type=at_least(0, float),
+                   help="how strongly prompts to make safe are pulled, once the reward calls them "
+                        "safe, to what was drawn when they were safest")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile the UNet: minutes at first, then faster on a GPU")
     g.add_argument("--gradient-checkpointing", action=BooleanOptionalAction,
@@ -134,6 +137,7 @@ DESCRIPTION = ("fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity rewar
 WEIGHT_DECAY = 1e-4
 MAX_GRAD_NORM = 1.
 ELBO_DRAWS, ELBO_SPREAD = 2, .05        # of --loss elbo: noise per learned step, least spread
+HELD = 2                                # pictures of a prompt that --hold-weight pulls
 
 
 def check(args, data):
@@ -153,18 +157,6 @@ def check(args, data):
     if args.group_size == 1 and args.advantage != "memory":
         raise UserError("--group-size: 1 leaves nothing to compare a picture with; "
                         "give more, or --advantage memory")
-
-
-def check_gradient(norm, records, epoch):
-    """A gradient that is not finite ends the run before the weights are touched."""
-    if not torch.isfinite(norm):
-        bad = [record["where"] for record in records
-               if not torch.isfinite(next(iter(record.values())))]     # its loss or its pull
-        bad = sum(processes.gather([(text, int(k)) for text, k in bad]), [])
-        where = f" at step {bad[0][1]} of a batch that starts with {bad[0][0]!r}" if bad else ""
-        raise UserError(f"epoch {epoch}: the gradient is {norm.item()}{where}; the update was "
-                        "refused, what was saved stays; give a lower --lr, --guidance, "
-                        "--benign-weight or --safe-text-weight")
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -217,7 +209,7 @@ def main(args, clock=lambda stage: None):
         run_card(args, policy, trained, data, (device, dtype, why))
 
     folder = os.path.join(args.output_dir, "checkpoints")
-    metrics, last_rewards = [], {}
+    metrics, last_rewards, safest = [], {}, None        # safest: the weights to hold to
     state = checkpoints.load_checkpoint(folder)
     if state:
         checkpoints.restore(trained, state["weights"])
@@ -225,6 +217,7 @@ def main(args, clock=lambda stage: None):
         if memory:
             memory.load_state_dict(state["memory"])
         metrics, last_rewards = state["metrics"], state["last_rewards"]
+        safest = state["safest"]
         if is_lead:
             checkpoints.write_metrics(args.output_dir, metrics)     # forget what came after it
             print(f"resuming after epoch {metrics[-1]['epoch']}", flush=True)
@@ -278,6 +271,7 @@ def main(args, clock=lambda stage: None):
                                 args.hardness)                                          # (N,)
         safe_texts = np.array([p.safe_text for p in texts], dtype=object)               # (N,)
         has_safe_text = (texts != safe_texts) & ~is_benign                              # (N,)
+        is_held = ~is_benign & (np.arange(len(texts)) % args.group_size < HELD)         # (N,)
         seeds = rng.integers(2 ** 62, size=len(texts))                                  # (N,)
         pull_steps = draw_steps(rng, len(learned), args.steps, len(texts))[local]       # (n, 2)
         pull_steps = torch.from_numpy(pull_steps).to(policy.device)
@@ -312,8 +306,9 @@ def main(args, clock=lambda stage: None):
         advantage = advantage[local].to(policy.device)                                      # (n,)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
-        # and two pulls on the means of two steps, a learned one and another: of benign pictures
-        # towards what the base draws, of those with a safe_text to what the policy draws of that
+        # and pulls on the means of two steps, a learned one and another: of benign pictures towards
+        # what the base draws, of those with a safe_text to what the policy draws of that, and, once
+        # it is safe, of prompts to make safe to what it drew when it was safest
         if args.loss == "elbo":                         # the same noise for new and old weights
             fresh = draw_noise(rng.integers(2 ** 62, size=len(texts))[local], len(decisions) - 1,
                                policy.latent_shape()).to(policy.device)     # (n, draws, C, h, w)
@@ -323,7 +318,9 @@ def main(args, clock=lambda stage: None):
                     old_log_probs[at] = bound(at, texts[local[i]])
         records = []
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
-                 ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
+                 ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext),
+                 ("hold_pull", is_held, args.hold_weight if safest else 0, texts,
+                  partial(checkpoints.swapped, trained, safest))]
         of_update = pictures_per_epoch // args.updates              # pictures, of all processes
         for update in range(args.updates):
             rows = np.arange(len(local)).reshape(args.updates, -1)[update]              # of latents
@@ -358,7 +355,7 @@ def main(args, clock=lambda stage: None):
 
             processes.sum_gradients(trained.values())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
-            check_gradient(norm, records, epoch)        # here the CPU waits for the GPU
+            watch.check_gradient(norm, records, epoch)        # here the CPU waits for the GPU
             optimizer.step()
             optimizer.zero_grad()
         clock("update")
@@ -370,6 +367,8 @@ def main(args, clock=lambda stage: None):
         metrics.append(summary(epoch, scores, is_benign, records, norm, args))
         if is_lead:
             tqdm.write(epoch_line(metrics[-1], time.time() - began))
+        if args.hold_weight and watch.safest(metrics) == epoch:
+            safest = checkpoints.copy_of(trained)
         is_saved = epoch % args.save_every == 0 or epoch == args.epochs
         if is_saved:
             look(metrics[-1])
@@ -384,6 +383,7 @@ def main(args, clock=lambda stage: None):
                 "last_rewards": last_rewards,
                 "memory": memory.state_dict() if memory else {},
                 "weights": checkpoints.copy_of(trained),
+                "safest": safest,
                 "optimizer": optimizer.state_dict(),
             }, limit=None)
         clock("tell")

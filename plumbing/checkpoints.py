@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 
 from plumbing import processes
 from plumbing.files import check_places, make_folder, write
@@ -203,3 +204,14 @@ def restore(tensors, saved):
     """Give {name: tensor} the saved values, in place."""
     for name, tensor in tensors.items():
         tensor.data.copy_(saved[name])
+
+
+@contextmanager
+def swapped(tensors, saved):
+    """Within it {name: tensor} have the saved values; autograd does not notice."""
+    own = copy_of(tensors)
+    restore(tensors, saved)
+    try:
+        yield
+    finally:
+        restore(tensors, own)

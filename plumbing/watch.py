@@ -9,13 +9,14 @@ import math
 import os
 import sys
 
-from plumbing import checkpoints
+from plumbing import checkpoints, processes
 from plumbing.options import UserError
 from plumbing.plots import censor, save_curve, save_grid
 
 PICTURES = 64                           # a quarter of it where nothing is counted
 SEED = 2_000_000
 FALL = .1                               # of the base's benign CLIP, which ends a run
+SAFE = .06                              # share of an epoch's pictures that may be unsafe
 MEANS_NOTHING = .1                      # agreement of a text with any picture
 KEPT = {"watched_named": .9, "watched_benign_clip": .98}       # of the base's, by the best weights
 
@@ -119,10 +120,40 @@ def best(metrics):
     return found and found["epoch"]
 
 
+def safest(metrics):
+    """The epoch after which the policy was safest, or None: what --hold-weight holds to.
+
+    Of the epochs at which, with the two before, at most SAFE of the pictures were unsafe, the one
+    of the highest mean reward over the three. A reward that does not say what is unsafe has none.
+    """
+    rows = [row for row in metrics if "unsafe" in row]
+    rewards = {}
+    for three in zip(rows, rows[1:], rows[2:], strict=False):
+        if sum(row["unsafe"] for row in three) <= 3 * SAFE:
+            rewards[three[-1]["epoch"]] = sum(row["reward"] for row in three)
+    return max(rewards, key=rewards.get, default=None)
+
+
 def keeps(row, base):
     """Whether a look's names and benign CLIP, where it has them, are the base's but for a little.
     """
     return all(row[name] >= part * base[name] for name, part in KEPT.items() if name in row)
+
+
+def check_gradient(norm, records, epoch):
+    """A gradient that is not finite ends the run before the weights are touched.
+
+    norm: of the gradient, a tensor; records: what train.py keeps of its learning calls.
+    """
+    if math.isfinite(norm):
+        return
+    bad = [record["where"] for record in records
+           if not math.isfinite(next(iter(record.values())))]           # its loss or its pull
+    bad = sum(processes.gather([(text, int(k)) for text, k in bad]), [])
+    where = f" at step {bad[0][1]} of a batch that starts with {bad[0][0]!r}" if bad else ""
+    raise UserError(f"epoch {epoch}: the gradient is {norm.item()}{where}; the update was refused, "
+                    "what was saved stays; give a lower --lr, --guidance, --benign-weight, "
+                    "--safe-text-weight or --hold-weight")
 
 
 def end_if_fallen(args, policy, trained, metrics, card):

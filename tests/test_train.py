@@ -135,6 +135,24 @@ def test_a_heavy_pull_keeps_pictures_near_what_they_are_pulled_to(small, tmp_pat
     assert 0 < distance["100"] < distance["1e-9"] / 2
 
 
+def test_the_policy_is_held_to_what_was_safest_and_a_resumed_run_is_too(
+        small, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.watch, "safest", lambda metrics: 3)
+
+    def run(folder, epochs, weight):
+        trainer.main(trainer.parse_args([*small, "--epochs", epochs, "--hold-weight", weight,
+                                         "--output-dir", str(tmp_path / folder)]))
+        return [row.get("hold_pull") for row in metrics_of(tmp_path / folder)]
+    free, held = run("free", "6", "1e-9"), run("held", "6", "100")
+    assert free[:3] == held[:3] == [None] * 3           # until then nothing is pulled
+    assert 0 < held[-1] < free[-1] / 2
+    run("cut", "4", "100")
+    assert run("cut", "6", "100") == held
+    safest = load_checkpoint(f"{tmp_path}/held/checkpoints")["safest"]
+    third = load_checkpoint(f"{tmp_path}/held/checkpoints", epoch=3)["weights"]
+    assert all(safest[name].equal(value) for name, value in third.items())
+
+
 def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(small, tmp_path):
     """/dev/full stands for the disk: what is written there fails with ENOSPC."""
     folder = tmp_path / "run"
@@ -233,7 +251,7 @@ def test_help_answers_within_a_second_and_its_options_are_few():
                           capture_output=True)
     assert time.time() - began < 1
     options = [line for line in done.stdout.splitlines() if line.startswith("  --")]
-    assert 20 < len(options) <= 35
+    assert 20 < len(options) <= 36
 
 
 # ---- the update ----------------------------------------------------------------------------------

@@ -53,6 +53,18 @@ def test_the_best_look_is_the_safest_of_those_that_keep_names_and_clip():
     assert watch.best(nameless) == 2
 
 
+def test_the_safest_epoch_is_safe_over_three_and_of_the_highest_reward():
+    def run(*epochs):
+        return [{"epoch": 0}, *({"epoch": i + 1, "unsafe": unsafe, "reward": reward}
+                                for i, (unsafe, reward) in enumerate(epochs))]
+    assert watch.safest(run((0, 1.), (0, 1.))) is None              # not yet three
+    assert watch.safest(run((.5, 9.), (0, 1.), (0, 1.), (0, 1.))) == 4      # then the mean is 0
+    assert watch.safest(run((.1, 1.), (.08, 1.), (0, 1.), (0, 0.))) == 3
+    assert watch.safest(run((0, 1.), (0, 1.), (0, 1.), (0, 2.), (0, 0.))) == 4
+    assert watch.safest(run(*[(.1, 1.)] * 9)) is None
+    assert watch.safest([{"epoch": i, "reward": 1.} for i in range(9)]) is None
+
+
 def test_a_look_draws_the_same_prompts_and_seeds_and_counts_each_half(
         monkeypatch, tmp_path, capsys):
     drawn = []
