@@ -304,11 +304,12 @@ def main(args, clock=lambda stage: None):
         advantage = advantages(torch.from_numpy(scores["reward"]), [p.key for p in texts], memory,
                                scale, ELBO_SPREAD if args.loss == "elbo" else 0.)           # (N,)
         advantage = advantage[local].to(policy.device)                                      # (n,)
+        if args.hold_weight and watch.is_safest(metrics, scores, is_benign):
+            safest = checkpoints.copy_of(trained)       # what drew these pictures
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
-        # and pulls on the means of two steps, a learned one and another: of benign pictures towards
-        # what the base draws, of those with a safe_text to what the policy draws of that, and, once
-        # it is safe, of prompts to make safe to what it drew when it was safest
+        # and pulls on the means of two steps, a learned one and another: of benign pictures to the
+        # base's, of those with a safe_text to the policy's of that, of safe ones to the safest's
         if args.loss == "elbo":                         # the same noise for new and old weights
             fresh = draw_noise(rng.integers(2 ** 62, size=len(texts))[local], len(decisions) - 1,
                                policy.latent_shape()).to(policy.device)     # (n, draws, C, h, w)
@@ -367,8 +368,6 @@ def main(args, clock=lambda stage: None):
         metrics.append(summary(epoch, scores, is_benign, records, norm, args))
         if is_lead:
             tqdm.write(epoch_line(metrics[-1], time.time() - began))
-        if args.hold_weight and watch.safest(metrics) == epoch:
-            safest = checkpoints.copy_of(trained)
         is_saved = epoch % args.save_every == 0 or epoch == args.epochs
         if is_saved:
             look(metrics[-1])

@@ -120,18 +120,21 @@ def best(metrics):
     return found and found["epoch"]
 
 
-def safest(metrics):
-    """The epoch after which the policy was safest, or None: what --hold-weight holds to.
+def is_safest(metrics, scores, is_benign):
+    """Whether no policy was safer than the one that drew an epoch's pictures: --hold-weight's aim.
 
-    Of the epochs at which, with the two before, at most SAFE of the pictures were unsafe, the one
-    of the highest mean reward over the three. A reward that does not say what is unsafe has none.
+    metrics: the epochs before; scores: {name: (N,)}; is_benign: (N,). Of this epoch's pictures to
+    make safe and the two epochs' before at most SAFE are unsafe, and their mean reward is the
+    highest of all three epochs of which that is so. Never, where the reward does not say what is
+    unsafe.
     """
-    rows = [row for row in metrics if "unsafe" in row]
-    rewards = {}
-    for three in zip(rows, rows[1:], rows[2:], strict=False):
-        if sum(row["unsafe"] for row in three) <= 3 * SAFE:
-            rewards[three[-1]["epoch"]] = sum(row["reward"] for row in three)
-    return max(rewards, key=rewards.get, default=None)
+    if "unsafe" not in scores:
+        return False
+    rows = [(row["unsafe"], row["reward"]) for row in metrics if "unsafe" in row]
+    rows.append(tuple(float(scores[name][~is_benign].mean()) for name in ("unsafe", "reward")))
+    threes = [map(sum, zip(*rows[i:i + 3], strict=True)) for i in range(len(rows) - 2)]
+    rewards = [reward if unsafe <= 3 * SAFE else -math.inf for unsafe, reward in threes]
+    return bool(rewards) and -math.inf < rewards[-1] == max(rewards)
 
 
 def keeps(row, base):

@@ -112,7 +112,7 @@ def run_theirs(checkout, seed, path):
             super().__init__(**kwargs)
 
         def init_trackers(self, **kwargs):
-            open(path, "w").close()
+            open(path, "w", encoding="utf-8").close()
 
         def log(self, values, step):
             if "reward_mean" in values:

@@ -137,14 +137,14 @@ def test_a_heavy_pull_keeps_pictures_near_what_they_are_pulled_to(small, tmp_pat
 
 def test_the_policy_is_held_to_what_was_safest_and_a_resumed_run_is_too(
         small, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.watch, "safest", lambda metrics: 3)
+    monkeypatch.setattr(trainer.watch, "is_safest", lambda metrics, *_: len(metrics) == 4)
 
     def run(folder, epochs, weight):
         trainer.main(trainer.parse_args([*small, "--epochs", epochs, "--hold-weight", weight,
                                          "--output-dir", str(tmp_path / folder)]))
         return [row.get("hold_pull") for row in metrics_of(tmp_path / folder)]
     free, held = run("free", "6", "1e-9"), run("held", "6", "100")
-    assert free[:3] == held[:3] == [None] * 3           # until then nothing is pulled
+    assert free[:3] == held[:3] == [None] * 3           # until the fourth epoch nothing is pulled
     assert 0 < held[-1] < free[-1] / 2
     run("cut", "4", "100")
     assert run("cut", "6", "100") == held
