@@ -356,7 +356,7 @@ def main(args, clock=lambda stage: None):
 
             processes.sum_gradients(trained.values())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
-            watch.check_gradient(norm, records, epoch)        # here the CPU waits for the GPU
+            watch.check_gradient(norm, records, epoch)  # here the CPU waits for the GPU
             optimizer.step()
             optimizer.zero_grad()
         clock("update")

@@ -18,7 +18,6 @@ import glob
 import importlib.machinery
 import json
 import os
-import re
 import runpy
 import sys
 import types
@@ -34,20 +33,9 @@ from results.seeds import spread
 FOLDER = "out/redness"
 PROMPT = "a large bus on a blue background"
 EPOCHS, PICTURES, BATCH, RANK = 60, 64, 32, 4           # a batch is one of an epoch's two updates
-STEPS, GUIDANCE, RATE, CLIP_RANGE = 5, 2., 3e-3, 1.6e-3     # the range: FIELD's 1e-4 for tiny/'s
+STEPS, GUIDANCE, RATE, CLIP_RANGE = 5, 2., 3e-3, 1.6e-3     # Stable Diffusion's 1e-4 for tiny/'s
 MEMORY, MIN_COUNT = 32, 16                              # latents, which have 1024 numbers
 WINDOW = 10                                             # epochs of a row of the table
-
-
-def redness(pictures):
-    """Red over the mean of green and blue, (N,), of pictures (N, 3, H, W) in 0..1."""
-    red = np.asarray(pictures, np.float32).mean((2, 3))
-    return red[:, 0] - red[:, 1:].mean(1)
-
-
-def of_bytes(pictures, prompts):
-    """The same as train.py's --reward, of pictures uint8 (N, H, W, 3)."""
-    return {"reward": redness(np.asarray(pictures, np.float32).transpose(0, 3, 1, 2) / 255)}
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -57,7 +45,7 @@ def run_ours(seed, path):
     import train
     folder = os.path.splitext(path)[0]
     train.main(train.parse_args([
-        "--recipe", "reference", "--reward", f"{__file__}:of_bytes", "--prompts", PROMPT,
+        "--recipe", "reference", "--reward", f"{ROOT}/bench.py:redness", "--prompts", PROMPT,
         "--held-out", "--benign-share", "0", "--dtype", "fp32", "--seed", str(seed),
         "--epochs", str(EPOCHS), "--groups", str(PICTURES), "--batch-size", str(BATCH),
         "--updates", str(PICTURES // BATCH), "--rank", str(RANK), "--steps", str(STEPS),
@@ -126,9 +114,11 @@ def run_theirs(checkout, seed, path):
     sys.path.insert(0, checkout)
     import ddpo_pytorch.prompts
     import ddpo_pytorch.rewards
+
+    from bench import redness
     ddpo_pytorch.prompts.one = lambda: (PROMPT, {})
-    ddpo_pytorch.rewards.redness = lambda: lambda pictures, *_: (
-        torch.from_numpy(redness(pictures.cpu().float())), {})
+    ddpo_pytorch.rewards.redness = lambda: lambda pictures, prompts, _: (       # of (N, 3, H, W)
+        torch.from_numpy(redness(255 * pictures.permute(0, 2, 3, 1).cpu(), prompts)["reward"]), {})
     settings = {
         "pretrained.model": os.path.join(ROOT, "tiny"), "pretrained.revision": "",
         "mixed_precision": "no", "seed": seed, "num_epochs": EPOCHS, "logdir": FOLDER,
@@ -157,7 +147,7 @@ def read_curves(folder):
 def sides(curves):
     """{"ours", "theirs": (seeds, epochs)}."""
     return {side: np.array([curve for name, curve in curves.items()
-                            if re.fullmatch(rf"{side} seed \d+", name)])
+                            if name.startswith(f"{side} seed")])
             for side in ("ours", "theirs")}
 
 

@@ -137,7 +137,8 @@ def test_a_heavy_pull_keeps_pictures_near_what_they_are_pulled_to(small, tmp_pat
 
 def test_the_policy_is_held_to_what_was_safest_and_a_resumed_run_is_too(
         small, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.watch, "is_safest", lambda metrics, *_: len(metrics) == 4)
+    monkeypatch.setattr(trainer.watch, "is_safest",
+                        lambda metrics, scores, is_benign: len(metrics) == 4)
 
     def run(folder, epochs, weight):
         trainer.main(trainer.parse_args([*small, "--epochs", epochs, "--hold-weight", weight,
