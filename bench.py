@@ -249,8 +249,7 @@ def epoch_flops(args):
     """The UNet's FLOPs of an epoch, {"sample", "update"}, from those of calls of two pictures.
 
     args: train.py's, with the benign prompts that it takes. Prompts with a safe_text count as often
-    as they stand in the files; training takes the hard ones more often. --hold-weight's pull, which
-    begins late, is left out.
+    as they stand in the files; training takes the hard ones more often.
     """
     device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
     policy = Policy(args.model, (), device, DTYPES[dtype], trainable=True)

@@ -125,24 +125,48 @@ def draw_noise(seeds, steps, shape):
 
 
 @torch.no_grad()
-def rollout(predict, noise, schedule, prediction_type="epsilon", tick=lambda: None):
+def rollout(predict, noise, schedule, prediction_type="epsilon", which="drawn", tick=lambda: None):
     """Denoise, remembering every decision.
 
     noise: (B, T + 1, C, h, w) standard normal; [:, 0] is the start, [:, k + 1] the noise of step k.
-    Returns latents (B, T + 1, C, h, w), the last of them the picture's, and log-probabilities
-    (B, T). Raises ValueError for a schedule without noise (eta 0).
+    Returns latents (B, T + 1, C, h, w), the last of them the picture's, and the log-probabilities
+    (B, T) of its `decisions`, drawn or expected. Raises ValueError for a schedule without noise
+    (eta 0).
     """
     if not (schedule.sigma > 0).all():
         raise ValueError("a step without noise has no log-probability; give eta above 0")
     x = noise[:, 0]
-    latents, log_probs = [x], []
+    latents, means = [x], []
     for k in range(len(schedule.t)):
         mean, sigma = step_mean(predict, x, schedule, k, prediction_type)
         x = mean + sigma * noise[:, k + 1]
         latents.append(x)
-        log_probs.append(log_prob(x, mean, sigma))
+        means.append(mean)
         tick()
-    return torch.stack(latents, 1), torch.stack(log_probs, 1)
+    latents = torch.stack(latents, 1)
+    decided = decisions(latents, schedule, which)
+    log_probs = [log_prob(decided[:, k], mean, schedule.sigma[k]) for k, mean in enumerate(means)]
+    return latents, torch.stack(log_probs, 1)
+
+
+def decisions(latents, schedule, which="drawn"):
+    """What each step of trajectories has decided, whose log-probability PPO moves: (B, T, C, h, w).
+
+    latents: (B, T + 1, C, h, w), of a rollout. "drawn" (DDPO): x_{t-1}, as it was drawn. Most of
+    its noise is luck that no later picture shows, and that the reward cannot have seen.
+    "expected": E[x_{t-1} | x_t, x_0], the mean of what the step may have drawn, given where it
+    began and which picture came of it. Policy gradients have the same expectation with it
+    (Rao-Blackwell: a reward of x_0 alone, times d log p, which is linear in x_{t-1}), and much less
+    noise. Taken from DDIM's own forward process (arXiv 2010.02502, eq. 7), as far as the model
+    reverses that; the last step's is what was drawn, x_0 itself.
+    """
+    if which == "drawn":
+        return latents[:, 1:]
+    a_t, a_prev, sigma = (row.view(-1, 1, 1, 1) for row in schedule[1:])        # (T, 1, 1, 1)
+    x, x0 = latents[:, :-1], latents[:, -1:]
+    expected = ddim_mean(x, (x - a_t.sqrt() * x0) / (1 - a_t).sqrt(), a_t, a_prev, sigma)
+    expected[:, -1] = latents[:, -1]
+    return expected
 
 
 @torch.no_grad()

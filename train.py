@@ -64,14 +64,17 @@ def parse_args(argv=None):
     g = p.add_argument_group("learning")
     g.add_argument("--epochs", type=at_least(1), help="epochs in all")
     g.add_argument("--lr", type=positive, help="learning rate of AdamW")
-    g.add_argument("--lr-schedule", choices=["linear", "constant"],
-                   help="linear: falls to 0 at the end of --epochs")
+    g.add_argument("--lr-schedule", choices=["linear", "quadratic", "constant"],
+                   help="linear, quadratic: falls to 0 at the end of --epochs, quadratic sooner")
     g.add_argument("--clip-range", type=positive,
                    help="PPO's, on the ratio of mean log-probabilities: what suits a latent of D "
                         "numbers scales with 1/D (1e-4 for Stable Diffusion)")
     g.add_argument("--updates", type=at_least(1), help="updates per epoch")
     g.add_argument("--timestep-fraction", type=share_above_0,
                    help="share of the steps that is learned from, the noisiest ones")
+    g.add_argument("--decision", choices=["drawn", "expected"],
+                   help="what PPO takes a step to have decided: the latent that it drew (DDPO), or "
+                        "that latent's expectation, given the finished picture: less noise")
     g.add_argument("--loss", choices=["ddpo", "elbo"],
                    help="PPO on the log p of denoising steps (DDPO) or of finished pictures (AWM)")
     g.add_argument("--advantage", choices=["batch", "prompt", "memory"],
@@ -83,9 +86,6 @@ def parse_args(argv=None):
     g.add_argument("--safe-text-weight", type=at_least(0, float),
                    help="how strongly pictures of a prompt that has a safe_text are pulled towards "
                         "what the model draws of that")
-    g.add_argument("--hold-weight", type=at_least(0, float),
-                   help="how strongly prompts to make safe are pulled, once the reward calls them "
-                        "safe, to what was drawn when they were safest")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile the UNet: minutes at first, then faster on a GPU")
     g.add_argument("--gradient-checkpointing", action=BooleanOptionalAction,
@@ -110,6 +110,7 @@ from tqdm import tqdm
 from ddpo import (
     RewardMemory,
     advantages,
+    decisions,
     draw_noise,
     draw_steps,
     elbo,
@@ -136,8 +137,8 @@ DESCRIPTION = ("fine-tuned by DDPO (arXiv 2305.13301) with a CLIP + nudity rewar
                "ShieldDiff (arXiv 2410.05309).")
 WEIGHT_DECAY = 1e-4
 MAX_GRAD_NORM = 1.
+LR_POWERS = {"constant": 0, "linear": 1, "quadratic": 2}
 ELBO_DRAWS, ELBO_SPREAD = 2, .05        # of --loss elbo: noise per learned step, least spread
-HELD = 2                                # pictures of a prompt that --hold-weight pulls
 
 
 def check(args, data):
@@ -194,7 +195,7 @@ def main(args, clock=lambda stage: None):
     schedule = policy.schedule(args.steps)
     learned = range(learned_steps(args))                # the noisiest steps
     draws = ELBO_DRAWS if args.loss == "elbo" else 1
-    decisions = range(len(learned) * draws)             # of a picture: (its step, draw of noise)
+    learned_pairs = range(len(learned) * draws)         # of a picture: (its step, draw of noise)
     batches = partial(pairs, size=args.batch_size, device=policy.device)
     pictures_per_epoch = args.groups * args.group_size
     local = processes.local_share(pictures_per_epoch)                       # (n,) our pictures
@@ -209,7 +210,7 @@ def main(args, clock=lambda stage: None):
         run_card(args, policy, trained, data, (device, dtype, why))
 
     folder = os.path.join(args.output_dir, "checkpoints")
-    metrics, last_rewards, safest = [], {}, None        # safest: the weights to hold to
+    metrics, last_rewards = [], {}
     state = checkpoints.load_checkpoint(folder)
     if state:
         checkpoints.restore(trained, state["weights"])
@@ -217,7 +218,6 @@ def main(args, clock=lambda stage: None):
         if memory:
             memory.load_state_dict(state["memory"])
         metrics, last_rewards = state["metrics"], state["last_rewards"]
-        safest = state["safest"]
         if is_lead:
             checkpoints.write_metrics(args.output_dir, metrics)     # forget what came after it
             print(f"resuming after epoch {metrics[-1]['epoch']}", flush=True)
@@ -261,9 +261,9 @@ def main(args, clock=lambda stage: None):
             break
         began = time.time()
         rng = np.random.default_rng([args.seed, epoch])     # rng and rate depend on the epoch's
-        falling = args.lr_schedule == "linear"              # number alone: a resumed run is equal
+        left = 1 - (epoch - 1) / args.epochs                # number alone: a resumed run is equal
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - (epoch - 1) / args.epochs if falling else 1)
+            group["lr"] = args.lr * left ** LR_POWERS[args.lr_schedule]
 
         # ---- 1. sample, 2. score: each prompt group_size times, remembering every decision
         texts, is_benign = draw(data.prompts, data.benign, args.groups, args.group_size,
@@ -271,7 +271,6 @@ def main(args, clock=lambda stage: None):
                                 args.hardness)                                          # (N,)
         safe_texts = np.array([p.safe_text for p in texts], dtype=object)               # (N,)
         has_safe_text = (texts != safe_texts) & ~is_benign                              # (N,)
-        is_held = ~is_benign & (np.arange(len(texts)) % args.group_size < HELD)         # (N,)
         seeds = rng.integers(2 ** 62, size=len(texts))                                  # (N,)
         pull_steps = draw_steps(rng, len(learned), args.steps, len(texts))[local]       # (n, 2)
         pull_steps = torch.from_numpy(pull_steps).to(policy.device)
@@ -282,7 +281,8 @@ def main(args, clock=lambda stage: None):
                 noise = draw_noise(seeds[batch], args.steps, policy.latent_shape())
                 predict = plain(policy, texts[batch], guidance_of(texts[batch], args.guidance))
                 path, log_p = rollout(predict, noise.to(policy.device, non_blocking=True),
-                                      schedule, policy.prediction_type, ticks.update)
+                                      schedule, policy.prediction_type, args.decision,
+                                      ticks.update)
                 clock("sample")
                 pictures = copy_to_cpu(policy.decode(path[:, -1]))
                 clock("decode")
@@ -293,7 +293,8 @@ def main(args, clock=lambda stage: None):
             scores = [future.result() for future in scores]
         scores = processes.gather_scores(scores)                            # {name: (N,)}
         latents = torch.cat(latents)                                        # (n, T + 1, C, h, w)
-        before, after = latents[:, :-1], latents[:, 1:]                     # of each step
+        before = latents[:, :-1]                                            # each step began here
+        decided = decisions(latents, schedule, args.decision)               # (n, T, C, h, w)
         old_log_probs = torch.cat(log_probs)                                # (n, T)
         group_means = scores["reward"][~is_benign].reshape(-1, args.group_size).mean(1).tolist()
         groups = texts[~is_benign][::args.group_size]
@@ -304,34 +305,31 @@ def main(args, clock=lambda stage: None):
         advantage = advantages(torch.from_numpy(scores["reward"]), [p.key for p in texts], memory,
                                scale, ELBO_SPREAD if args.loss == "elbo" else 0.)           # (N,)
         advantage = advantage[local].to(policy.device)                                      # (n,)
-        if args.hold_weight and watch.is_safest(metrics, scores, is_benign):
-            safest = checkpoints.copy_of(trained)       # what drew these pictures
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
         # and pulls on the means of two steps, a learned one and another: of benign pictures to the
-        # base's, of those with a safe_text to the policy's of that, of safe ones to the safest's
+        # base's, of those with a safe_text to the policy's of that
         if args.loss == "elbo":                         # the same noise for new and old weights
-            fresh = draw_noise(rng.integers(2 ** 62, size=len(texts))[local], len(decisions) - 1,
-                               policy.latent_shape()).to(policy.device)     # (n, draws, C, h, w)
+            noise_seeds = rng.integers(2 ** 62, size=len(texts))[local]
+            fresh = draw_noise(noise_seeds, len(learned_pairs) - 1, policy.latent_shape())
+            fresh = fresh.to(policy.device)                             # (n, draws, C, h, w)
             old_log_probs = torch.empty(fresh.shape[:2], device=policy.device)
             with torch.no_grad():
-                for i, at in batches(np.flatnonzero(~is_benign[local]), decisions):
+                for i, at in batches(np.flatnonzero(~is_benign[local]), learned_pairs):
                     old_log_probs[at] = bound(at, texts[local[i]])
         records = []
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
-                 ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext),
-                 ("hold_pull", is_held, args.hold_weight if safest else 0, texts,
-                  partial(checkpoints.swapped, trained, safest))]
+                 ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
         of_update = pictures_per_epoch // args.updates              # pictures, of all processes
         for update in range(args.updates):
             rows = np.arange(len(local)).reshape(args.updates, -1)[update]              # of latents
-            for i, at in batches(rows[~is_benign[local[rows]]], decisions):
+            for i, at in batches(rows[~is_benign[local[rows]]], learned_pairs):
                 batch_texts = texts[local[i]]
                 if args.loss == "elbo":
                     log_p = bound(at, batch_texts)                                      # (b,)
                 else:
                     mean, sigma = step(before[at], at[1], batch_texts, batch_texts)
-                    log_p = log_prob(after[at], mean, sigma)                            # (b,)
+                    log_p = log_prob(decided[at], mean, sigma)                          # (b,)
                 # the first update is on-policy: the ratio is 1 exactly, although another batch
                 # shape than sampling's may round otherwise
                 old = log_p.detach() if update == 0 else old_log_probs[at]
@@ -340,7 +338,7 @@ def main(args, clock=lambda stage: None):
                 records.append({"loss": loss.detach(), **diagnostics, "ratio_deviation": drift,
                                 "update": update, "rows": len(i),
                                 "where": (str(batch_texts[0]), at[1][0] // draws)})
-                (loss * len(i) / (of_update * len(decisions))).backward()
+                (loss * len(i) / (of_update * len(learned_pairs))).backward()
             for name, where, weight, aims, teacher in pulls:
                 pulled = rows[where[local[rows]]] if weight else rows[:0]
                 for i, at in batches(pulled, range(pull_steps.shape[1])):
@@ -382,7 +380,6 @@ def main(args, clock=lambda stage: None):
                 "last_rewards": last_rewards,
                 "memory": memory.state_dict() if memory else {},
                 "weights": checkpoints.copy_of(trained),
-                "safest": safest,
                 "optimizer": optimizer.state_dict(),
             }, limit=None)
         clock("tell")

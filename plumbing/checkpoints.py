@@ -6,7 +6,6 @@ import math
 import os
 import re
 import sys
-from contextlib import contextmanager
 
 from plumbing import processes
 from plumbing.files import check_places, make_folder, write
@@ -112,7 +111,7 @@ def check_length(ours, theirs, saved):
         raise UserError(f"--{name}: {ours[name]} is given, and {max(saved)} are done; "
                         "give as many at least")
     is_longer = theirs.get(name) != ours[name]
-    if is_longer and ours.get("lr_schedule") == "linear" and processes.is_lead():
+    if is_longer and ours.get("lr_schedule", "constant") != "constant" and processes.is_lead():
         print(f"--{name}: {ours[name]} instead of {theirs.get(name)}: the rate now falls to 0 at "
               "another epoch, so this is not the run that begins with this many", file=sys.stderr)
 
@@ -204,14 +203,3 @@ def restore(tensors, saved):
     """Give {name: tensor} the saved values, in place."""
     for name, tensor in tensors.items():
         tensor.data.copy_(saved[name])
-
-
-@contextmanager
-def swapped(tensors, saved):
-    """Within it {name: tensor} have the saved values; autograd does not notice."""
-    own = copy_of(tensors)
-    restore(tensors, saved)
-    try:
-        yield
-    finally:
-        restore(tensors, own)

@@ -16,7 +16,6 @@ from plumbing.plots import censor, save_curve, save_grid
 PICTURES = 64                           # a quarter of it where nothing is counted
 SEED = 2_000_000
 FALL = .1                               # of the base's benign CLIP, which ends a run
-SAFE = .06                              # share of an epoch's pictures that may be unsafe
 MEANS_NOTHING = .1                      # agreement of a text with any picture
 KEPT = {"watched_named": .9, "watched_benign_clip": .98}       # of the base's, by the best weights
 
@@ -120,23 +119,6 @@ def best(metrics):
     return found and found["epoch"]
 
 
-def is_safest(metrics, scores, is_benign):
-    """Whether no policy was safer than the one that drew an epoch's pictures: --hold-weight's aim.
-
-    metrics: the epochs before; scores: {name: (N,)}; is_benign: (N,). Of this epoch's pictures to
-    make safe and the two epochs' before at most SAFE are unsafe, and their mean reward is the
-    highest of all three epochs of which that is so. Never, where the reward does not say what is
-    unsafe.
-    """
-    if "unsafe" not in scores:
-        return False
-    rows = [(row["unsafe"], row["reward"]) for row in metrics if "unsafe" in row]
-    rows.append(tuple(float(scores[name][~is_benign].mean()) for name in ("unsafe", "reward")))
-    threes = [map(sum, zip(*rows[i:i + 3], strict=True)) for i in range(len(rows) - 2)]
-    rewards = [reward if unsafe <= 3 * SAFE else -math.inf for unsafe, reward in threes]
-    return bool(rewards) and -math.inf < rewards[-1] == max(rewards)
-
-
 def keeps(row, base):
     """Whether a look's names and benign CLIP, where it has them, are the base's but for a little.
     """
@@ -155,8 +137,8 @@ def check_gradient(norm, records, epoch):
     bad = sum(processes.gather([(text, int(k)) for text, k in bad]), [])
     where = f" at step {bad[0][1]} of a batch that starts with {bad[0][0]!r}" if bad else ""
     raise UserError(f"epoch {epoch}: the gradient is {norm.item()}{where}; the update was refused, "
-                    "what was saved stays; give a lower --lr, --guidance, --benign-weight, "
-                    "--safe-text-weight or --hold-weight")
+                    "what was saved stays; give a lower --lr, --guidance, --benign-weight "
+                    "or --safe-text-weight")
 
 
 def end_if_fallen(args, policy, trained, metrics, card):

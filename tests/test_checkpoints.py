@@ -13,7 +13,6 @@ from plumbing.checkpoints import (
     read_pointer,
     save_checkpoint,
     saved_epochs,
-    swapped,
 )
 from plumbing.files import write
 from plumbing.options import UserError
@@ -166,12 +165,3 @@ def test_without_a_limit_all_checkpoints_stay(tmp_path):
         save_checkpoint(str(tmp_path), {"epoch": epoch}, limit=None)
     assert saved_epochs(str(tmp_path)) == [5, 4, 3, 2, 1]
     assert len(list(tmp_path.glob("epoch_*.pt"))) == 5
-
-
-def test_within_swapped_others_values_hold_and_a_graph_of_before_keeps_its_own():
-    weight = torch.nn.Parameter(torch.tensor([3.]))
-    squared = weight ** 2
-    with swapped({"w": weight}, {"w": torch.tensor([5.])}):
-        assert weight.item() == 5
-    squared.backward()
-    assert weight.item() == 3 and weight.grad.item() == 6

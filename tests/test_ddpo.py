@@ -12,6 +12,7 @@ from ddpo import (
     advantages,
     ddim_mean,
     ddim_schedule,
+    decisions,
     denoise,
     draw_noise,
     draw_steps,
@@ -129,6 +130,49 @@ def test_what_was_drawn_scores_as_it_was_drawn():
         mean, sigma = step_mean(predict, latents[:, k], schedule, k)
         again = log_prob(latents[:, k + 1], mean, sigma)
         assert torch.equal(again.detach(), log_probs[:, k]) and again.requires_grad
+
+
+def test_the_expected_decision_is_ddims_own_step_to_the_finished_picture():
+    """DDIM, told that the picture is x_0, would step to it; the last step's is what was drawn."""
+    theirs, schedule = scheduler(), schedule_of(5, 1.)
+    theirs.set_timesteps(5)
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(4, 4, 3, padding=1)
+    latents, log_probs = rollout(lambda x, t: network(x), torch.randn(2, 6, 4, 8, 8), schedule,
+                                 which="expected")
+    decided = decisions(latents, schedule, "expected")
+    for k, t in enumerate(theirs.timesteps[:-1]):
+        a = theirs.alphas_cumprod[t]
+        noise = (latents[:, k] - a.sqrt() * latents[:, -1]) / (1 - a).sqrt()
+        aim = theirs.step(noise, t, latents[:, k], eta=1.,
+                          variance_noise=torch.zeros_like(noise)).prev_sample
+        assert torch.allclose(decided[:, k], aim, atol=1e-4)
+    assert torch.equal(decided[:, -1], latents[:, -1])
+    assert torch.equal(decisions(latents, schedule), latents[:, 1:])
+    for k in range(5):
+        mean, sigma = step_mean(lambda x, t: network(x), latents[:, k], schedule, k)
+        assert torch.equal(log_prob(decided[:, k], mean, sigma), log_probs[:, k])
+
+
+def test_the_expected_decisions_gradient_is_the_drawn_ones_with_less_noise():
+    """Numbers of variance 1/4 and their exact denoiser, a reward of the finished number: the
+    gradient on a step's mean is E[r (decision - mean)]."""
+    schedule = schedule_of(200, 1.)
+    a = scheduler().alphas_cumprod
+
+    def predict(x, t):
+        return (1 - a[t]).sqrt() * x / (a[t] / 4 + 1 - a[t])
+    torch.manual_seed(0)
+    latents, _ = rollout(predict, torch.randn(20_000, 201, 1, 1, 1), schedule)
+    reward = latents[:, -1] - latents[:, -1].mean()
+    for k in (100, 130, 160, 190):
+        mean, _ = step_mean(predict, latents[:, k], schedule, k)
+        drawn, expected = (reward * (decisions(latents, schedule, which)[:, k] - mean)
+                           for which in ("drawn", "expected"))
+        error = drawn.std() / 20_000 ** .5
+        assert abs(expected.mean() - drawn.mean()) < 3 * error + .1 * drawn.mean()
+        assert expected.mean() > 5 * expected.std() / 20_000 ** .5
+        assert expected.std() < drawn.std() / 3
 
 
 def test_drawing_takes_the_rollouts_steps_and_can_start_late():

@@ -53,25 +53,6 @@ def test_the_best_look_is_the_safest_of_those_that_keep_names_and_clip():
     assert watch.best(nameless) == 2
 
 
-def safest(*epochs):
-    """Whether the last of the epochs, (unsafe, reward) each, is safest; beside a benign picture."""
-    metrics = [{"epoch": 0}, *({"unsafe": unsafe, "reward": reward}
-                               for unsafe, reward in epochs[:-1])]
-    scores = {"unsafe": np.array([epochs[-1][0], 9.]), "reward": np.array([epochs[-1][1], 9.])}
-    return watch.is_safest(metrics, scores, np.array([False, True]))
-
-
-def test_the_safest_policy_is_safe_over_three_epochs_and_of_the_highest_reward():
-    assert not safest((0, 1.), (0, 1.))                             # not yet three
-    assert safest((0, 1.), (0, 1.), (0, 1.))
-    assert not safest((0, 1.), (.1, 1.), (.1, 1.))                  # a fifteenth is unsafe
-    assert safest((.08, 1.), (.1, 1.), (0, 0.))
-    assert safest((.5, 9.), (0, 1.), (0, 1.), (0, 1.))              # before, none was safe
-    assert safest((0, 1.), (0, 1.), (0, 1.), (0, 2.))
-    assert not safest((0, 1.), (0, 1.), (0, 1.), (0, .9))
-    assert not watch.is_safest([], {"reward": np.ones(2)}, np.zeros(2, bool))
-
-
 def test_a_look_draws_the_same_prompts_and_seeds_and_counts_each_half(
         monkeypatch, tmp_path, capsys):
     drawn = []
