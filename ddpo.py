@@ -153,12 +153,13 @@ def decisions(latents, schedule, which="drawn"):
     """What each step of trajectories has decided, whose log-probability PPO moves: (B, T, C, h, w).
 
     latents: (B, T + 1, C, h, w), of a rollout. "drawn" (DDPO): x_{t-1}, as it was drawn. Most of
-    its noise is luck that no later picture shows, and that the reward cannot have seen.
+    its noise is luck that the picture does not show, and that the reward cannot have seen.
     "expected": E[x_{t-1} | x_t, x_0], the mean of what the step may have drawn, given where it
-    began and which picture came of it. Policy gradients have the same expectation with it
-    (Rao-Blackwell: a reward of x_0 alone, times d log p, which is linear in x_{t-1}), and much less
-    noise. Taken from DDIM's own forward process (arXiv 2010.02502, eq. 7), as far as the model
-    reverses that; the last step's is what was drawn, x_0 itself.
+    began and which picture came of it, after DDIM's forward process (arXiv 2010.02502, eq. 7); of
+    the last step, what was drawn. Where the model reverses that process exactly, in many steps and
+    without guidance, the policy gradient keeps its expectation and loses noise (Rao-Blackwell: a
+    reward of x_0 alone, times d log p, which is linear in x_{t-1}). Elsewhere this is an
+    approximation: a step answers for a part of what later ones did.
     """
     if which == "drawn":
         return latents[:, 1:]

@@ -135,6 +135,22 @@ def test_a_heavy_pull_keeps_pictures_near_what_they_are_pulled_to(small, tmp_pat
     assert 0 < distance["100"] < distance["1e-9"] / 2
 
 
+@pytest.mark.parametrize("schedule, rates", [("constant", [1, 1, 1, 1]),
+                                             ("linear", [1, .75, .5, .25]),
+                                             ("quadratic", [1, .5625, .25, .0625])])
+def test_the_rate_follows_its_schedule(small, tmp_path, monkeypatch, schedule, rates):
+    seen = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self):
+            seen.append(self.param_groups[0]["lr"])
+            super().step()
+    monkeypatch.setattr(trainer.torch.optim, "AdamW", Watched)
+    trainer.main(trainer.parse_args([*small, "--epochs", "4", "--updates", "1", "--lr", "1e-3",
+                                     "--lr-schedule", schedule, "--output-dir", str(tmp_path)]))
+    assert seen == pytest.approx([1e-3 * rate for rate in rates])
+
+
 def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(small, tmp_path):
     """/dev/full stands for the disk: what is written there fails with ENOSPC."""
     folder = tmp_path / "run"
