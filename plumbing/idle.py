@@ -19,7 +19,7 @@ IDLE = [
     (("train",), "benign_weight", lambda o: o.benign_weight and not o.benign_share,
      "without benign prompts nothing is pulled; give --benign-share", REFUSED),
     (("train",), "decision", lambda o: o.loss == "elbo",
-     "--loss elbo looks at finished pictures alone; leave it out", REFUSED),
+     "--loss elbo looks at finished pictures alone", SAID),
     (("train",), "clip_range", lambda o: o.updates == 1,
      "with --updates 1 the ratio is always 1", SAID),
     (DRAWS, "concept", lambda o: all(name == "plain" or words for name, words in o.methods),
