@@ -284,27 +284,30 @@ def main(args, clock=lambda stage: None):
                                       schedule, policy.prediction_type, args.decision,
                                       ticks.update)
                 clock("sample")
-                pictures = copy_to_cpu(policy.decode(path[:, -1]))
-                clock("decode")
-                scores.append(scorer.submit(score_batch, pictures, list(texts[batch])))
-                clock("score")
                 latents.append(path)
                 log_probs.append(log_p)
+                rewarded = np.count_nonzero(~is_benign[batch])          # which come first
+                if rewarded:
+                    pictures = copy_to_cpu(policy.decode(path[:rewarded, -1]))
+                    clock("decode")
+                    scores.append(scorer.submit(score_batch, pictures,
+                                                list(texts[batch][:rewarded])))
+                    clock("score")
             scores = [future.result() for future in scores]
-        scores = processes.gather_scores(scores)                            # {name: (N,)}
+        scores = processes.gather_scores(scores)                            # {name: (R,)}
         latents = torch.cat(latents)                                        # (n, T + 1, C, h, w)
         before = latents[:, :-1]                                            # each step began here
         decided = decisions(latents, schedule, args.decision)               # (n, T, C, h, w)
         old_log_probs = torch.cat(log_probs)                                # (n, T)
-        group_means = scores["reward"][~is_benign].reshape(-1, args.group_size).mean(1).tolist()
-        groups = texts[~is_benign][::args.group_size]
-        last_rewards |= {p.key: mean for p, mean in zip(groups, group_means, strict=True)}
+        group_means = scores["reward"].reshape(-1, args.group_size).mean(1).tolist()
+        prompts = [p.key for p in texts[~is_benign]]                                    # (R,)
+        last_rewards |= dict(zip(prompts[::args.group_size], group_means, strict=True))
 
         # ---- 3. compare: each picture with its prompt's others; benign ones are not rewarded
         scale = "batch" if args.advantage == "batch" else "prompt"
-        advantage = advantages(torch.from_numpy(scores["reward"]), [p.key for p in texts], memory,
-                               scale, ELBO_SPREAD if args.loss == "elbo" else 0.)           # (N,)
-        advantage = advantage[local].to(policy.device)                                      # (n,)
+        advantage = advantages(torch.from_numpy(scores["reward"]), prompts, memory, scale,
+                               ELBO_SPREAD if args.loss == "elbo" else 0.)                  # (R,)
+        advantage = advantage[local[~is_benign[local]]].to(policy.device)                   # (r,)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
         # and pulls on the means of two steps, a learned one and another: of benign pictures to the
@@ -363,7 +366,7 @@ def main(args, clock=lambda stage: None):
         records = [{name: float(value) for name, value in record.items() if name != "where"}
                    for record in records]
         records = sum(processes.gather(records), [])
-        metrics.append(summary(epoch, scores, is_benign, records, norm, args))
+        metrics.append(summary(epoch, scores, records, norm, args))
         if is_lead:
             tqdm.write(epoch_line(metrics[-1], time.time() - began))
         is_saved = epoch % args.save_every == 0 or epoch == args.epochs

@@ -101,20 +101,16 @@ def learned_steps(args):
     return max(1, round(args.steps * args.timestep_fraction))
 
 
-def summary(epoch, scores, is_benign, records, norm, args):
-    """An epoch as a dict for metrics.jsonl: means over the prompts to make safe; benign_, the rest.
+def summary(epoch, scores, records, norm, args):
+    """An epoch as a dict for metrics.jsonl.
 
-    scores: {name: (N,)}; is_benign: (N,) bool; records: what each learning call gave, of all
+    scores: {name: (R,)}, of the rewarded pictures; records: what each learning call gave, of all
     processes; norm: the last update's gradient norm.
     """
-    row = {"epoch": epoch}
-    row |= {name: float(values[~is_benign].mean()) for name, values in scores.items()}
-    if is_benign.any():
-        row |= {f"benign_{name}": float(values[is_benign].mean())
-                for name, values in scores.items()}
+    row = {"epoch": epoch} | {name: float(values.mean()) for name, values in scores.items()}
     row["reward_std"] = float(scores["reward"].std())
     if args.group_size > 1:
-        groups = scores["reward"][~is_benign].reshape(-1, args.group_size)
+        groups = scores["reward"].reshape(-1, args.group_size)
         row["prompts_without_spread"] = float((np.ptp(groups, 1) < 1e-6).mean())
     for name in ("loss", "clipped_share", "approx_kl", "benign_pull", "safe_text_pull"):
         with_it = [record for record in records if name in record]
@@ -132,7 +128,7 @@ def summary(epoch, scores, is_benign, records, norm, args):
 def epoch_line(row, seconds):
     """The line that is printed of an epoch."""
     parts = [f"epoch {row['epoch']:3d}"]
-    for name in ("reward", "clip", "nudity", "unsafe", "benign_clip"):
+    for name in ("reward", "clip", "nudity", "unsafe"):
         if name in row:
             parts.append(f"{name} {row[name]:.3f}")
     parts += [f"kl {row['approx_kl']:.1e}", f"clipped {row['clipped_share']:.0%}"]

@@ -60,7 +60,6 @@ def save_curve(path, metrics):
     figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for column, label, style in ((name, "to make safe", "-"),
-                                     (f"benign_{name}", "benign", "-"),
                                      (f"watched_{name}", "watched, to make safe", "o"),
                                      (f"watched_benign_{name}", "watched, benign", "o")):
             rows = [row for row in metrics if column in row]

@@ -114,7 +114,10 @@ def local_share(count):
 def join_shares(shares):
     """Every process's array (n,), by rank, as one in the epoch's order: (count,)."""
     import numpy as np
-    return np.stack(shares, -1).reshape(-1)
+    joined = np.empty(sum(map(len, shares)), shares[0].dtype)
+    for first, share in enumerate(shares):
+        joined[first::len(shares)] = share
+    return joined
 
 
 def gather(thing):
@@ -131,9 +134,10 @@ def gather(thing):
 
 
 def gather_scores(batches):
-    """Every process's scores as one dict {name: (N,)} in the epoch's order.
+    """Every process's scores as one dict {name: (R,)} in the epoch's order.
 
-    batches: this process's, a list of {name: (batch,)}, in the order of local_share.
+    batches: this process's, a list of {name: (batch,)}, in the order of local_share; it may be
+    empty, where there are more processes than pictures to score.
     """
     import numpy as np
     parts = sum(gather([list(batch) for batch in batches]), [])
@@ -141,7 +145,9 @@ def gather_scores(batches):
         if set(names) != set(parts[0]):
             raise UserError(f"--reward: its parts are {', '.join(parts[0])} for some pictures and "
                             f"{', '.join(names)} for others; return the same ones always")
-    scores = {name: np.concatenate([batch[name] for batch in batches]) for name in parts[0]}
+    none = np.empty(0, np.float32)
+    scores = {name: np.concatenate([none, *(batch[name] for batch in batches)])
+              for name in parts[0]}
     shares = gather(scores)
     return {name: join_shares([share[name] for share in shares]) for name in scores}
 

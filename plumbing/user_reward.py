@@ -72,7 +72,7 @@ def score(reward_fn, pictures, texts, name=None):
         raise UserError(f"--reward: {name} must return a dict with 'reward', each part one number "
                         f"per picture ({len(texts)}); got {got}")
     for part in parts:
-        if part in OWN_COLUMNS or part.startswith("benign_"):
+        if part in OWN_COLUMNS or part.startswith("watched_"):
             raise UserError(f"--reward: {name} has a part named {part!r}, which is a column of "
                             "metrics.jsonl already; rename it")
     reward = parts["reward"]

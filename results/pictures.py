@@ -36,7 +36,7 @@ import matplotlib.pyplot as plt
 
 SEEDS = (0, 1, 2, 3, 4)
 CURVES = os.path.join(ROOT, "results", "curves.csv")
-FIELDS = ["reward", "unsafe", "clip", "benign_clip"]
+FIELDS = ["reward", "unsafe", "clip", "watched_unsafe", "watched_named", "watched_benign_clip"]
 EXPLICIT = "data/unsafe_explicit.csv"
 GROUPS = [                              # (prompt file, its heading, columns of the grid)
     ("data/unsafe_unseen.csv", "unseen combinations", 4),
@@ -167,29 +167,33 @@ def write_curves():
         for seed in SEEDS:
             folder = train_if_absent(os.path.join(ROOT, "out", f"seed{seed}"), "--seed", str(seed))
             with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as metrics:
-                rows = [row for row in map(json.loads, metrics) if "reward" in row]
-                for row in rows:
-                    table.writerow([seed, row["epoch"], *(f"{row[name]:.4f}" for name in FIELDS)])
+                for row in map(json.loads, metrics):
+                    table.writerow([seed, row["epoch"], *(f"{row[name]:.4f}" if name in row else ""
+                                                          for name in FIELDS)])
 
 
 def curve(path):
-    """What the seeds' training pictures were like, epoch by epoch: mean and range."""
+    """What the seeds' training pictures and the watched ones were like: mean and range."""
     if not os.path.exists(CURVES):
         write_curves()
     with open(CURVES, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    epochs = sorted({int(row["epoch"]) for row in rows})
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.5))
-    for axis, parts in ((axes[0], [("unsafe", "unsafe share of pictures to make safe")]),
-                        (axes[1], [("clip", "CLIP, prompts to make safe"),
-                                   ("benign_clip", "CLIP, benign prompts")])):
+    for axis, parts in ((axes[0], [("unsafe", "unsafe, training prompts"),
+                                   ("watched_unsafe", "unsafe, validation prompts"),
+                                   ("watched_named", "named right, validation prompts")]),
+                        (axes[1], [("clip", "CLIP, training prompts to make safe"),
+                                   ("watched_benign_clip", "CLIP, benign validation prompts")])):
         for name, label in parts:
-            values = np.array([[float(row[name]) for row in rows if int(row["epoch"]) == epoch]
+            has_it = [row for row in rows if row[name]]
+            epochs = sorted({int(row["epoch"]) for row in has_it})
+            values = np.array([[float(row[name]) for row in has_it if int(row["epoch"]) == epoch]
                                for epoch in epochs])                        # (epochs, seeds)
-            line, = axis.plot(epochs, values.mean(1), label=label)
+            style = "o-" if name.startswith("watched") else "-"
+            line, = axis.plot(epochs, values.mean(1), style, markersize=3, label=label)
             axis.fill_between(epochs, values.min(1), values.max(1), alpha=.25, lw=0,
                               color=line.get_color())
-        axis.set(xlabel="epoch", ylim=(0, 1 if axis is axes[0] else None))
+        axis.set(xlabel="epoch", ylim=(0, 1.02 if axis is axes[0] else None))
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, bbox_inches="tight", dpi=130)

@@ -37,22 +37,20 @@ def test_the_noisiest_steps_are_learned_from(steps, fraction, learned):
     assert learned_steps(args) == learned
 
 
-def test_an_epoch_is_summed_up_apart_for_benign_prompts():
-    """Two groups of two pictures to make safe, one of them without spread, and two benign ones."""
-    scores = {"reward": np.array([0., 2., 1., 1., 5., 3.]),
-              "clip": np.array([1., 3., 2., 2., 4., 6.])}
-    is_benign = np.array([False] * 4 + [True] * 2)
+def test_an_epoch_is_summed_up():
+    """Two groups of two rewarded pictures, one of them without spread."""
+    scores = {"reward": np.array([0., 2., 1., 1.]), "clip": np.array([1., 3., 2., 2.])}
     first = {"loss": 1., "ratio_deviation": .5, "clipped_share": .1, "approx_kl": 0.}
     second = {"loss": 3., "ratio_deviation": .7, "clipped_share": .3, "approx_kl": 0.}
     calls = [{**first, "update": 0, "rows": 3}, {**second, "update": 1, "rows": 1},
              {"benign_pull": .25, "rows": 2}, {"safe_text_pull": .5, "rows": 2}]
     norm = SimpleNamespace(item=lambda: 2.)
-    row = summary(7, scores, is_benign, calls, norm, SimpleNamespace(group_size=2))
-    assert row == {"epoch": 7, "reward": 1, "clip": 2, "benign_reward": 4, "benign_clip": 5,
-                   "prompts_without_spread": .5, "reward_std": pytest.approx((8 / 3) ** .5),
+    row = summary(7, scores, calls, norm, SimpleNamespace(group_size=2))
+    assert row == {"epoch": 7, "reward": 1, "clip": 2,
+                   "prompts_without_spread": .5, "reward_std": pytest.approx(.5 ** .5),
                    "loss": 1.5, "ratio_deviation": .7,
                    "clipped_share": pytest.approx(.15), "approx_kl": 0, "first_ratio_deviation": .5,
                    "benign_pull": .25, "safe_text_pull": .5, "grad_norm": 2}
     line = epoch_line(row, 1.25)
-    assert line.startswith("epoch   7  reward 1.000  clip 2.000  benign_clip 5.000")
+    assert line.startswith("epoch   7  reward 1.000  clip 2.000  kl 0.0e+00")
     assert "clipped 15%" in line and "without spread 50%" in line

@@ -94,7 +94,7 @@ def test_a_gpus_first_epochs_are_a_cpus(here, tmp_path, options):
                  *(option for option in options if option != "--compile"))
     for name in ("watched_unsafe", "watched_named", "watched_benign_clip"):
         assert ours[0][name] == pytest.approx(theirs[0][name], abs=.07)
-    for name in ("reward", "clip", "nudity", "benign_clip"):
+    for name in ("reward", "clip", "nudity"):
         assert ours[1][name] == pytest.approx(theirs[1][name], abs=.05)
     assert ours[1]["grad_norm"] == pytest.approx(theirs[1]["grad_norm"], rel=.5)
     assert os.path.isfile(tmp_path / "gpu" / "curve.png")

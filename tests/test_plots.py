@@ -42,7 +42,7 @@ def test_a_curve_is_drawn_of_a_reward_with_parts_or_without(tmp_path):
         metrics = []
         for epoch in (1, 2, 3):
             row = {name: epoch / 10 for name in names}
-            metrics.append({"epoch": epoch, **row, "benign_reward": .1})
+            metrics.append({"epoch": epoch, **row, "watched_benign_clip": .1})
         save_curve(str(tmp_path / "curve.png"), metrics)
         picture = Image.open(io.BytesIO((tmp_path / "curve.png").read_bytes()))
         widths.append(picture.width)

@@ -109,7 +109,7 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, tmp_path, capsy
     assert "resuming after epoch 1" in capsys.readouterr().out
     for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors"):
         assert open(f"{uncut}/{name}", "rb").read() == open(f"{cut}/{name}", "rb").read()
-    expected = {"clip", "nudity", "unsafe", "buttocks_exposed", "benign_clip", "benign_pull"}
+    expected = {"clip", "nudity", "unsafe", "buttocks_exposed", "benign_pull"}
     assert expected <= set(metrics_of(uncut)[0])
 
 

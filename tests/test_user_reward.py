@@ -52,7 +52,7 @@ def test_a_reward_too_large_for_a_sum_of_squares_is_refused(value):
         score(giving({"reward": [value, 0.]}), None, ["a", "b"], "mine")
 
 
-@pytest.mark.parametrize("part", ["loss", "epoch", "grad_norm", "benign_clip"])
+@pytest.mark.parametrize("part", ["loss", "epoch", "grad_norm", "watched_unsafe"])
 def test_a_part_named_like_a_column_of_ours_is_refused(part):
     with pytest.raises(UserError, match=f"mine has a part named '{part}'"):
         score(giving({"reward": [1.], part: [1.]}), None, ["a"], "mine")
