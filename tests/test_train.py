@@ -326,6 +326,7 @@ def gradient_by_hand(record, pictures, steps, pulls=None, decision="drawn"):
     """
     policy, trained = record["policy"], record["trained"]
     schedule, latents = policy.schedule(4), torch.cat(record["latents"])
+    rewarded = len(record["prompts"])                   # the benign pictures come after them
 
     def mean_of(policy, prompt, x, k):
         a, b, sigma = schedule.a_t[k], schedule.a_prev[k], schedule.sigma[k]
@@ -334,7 +335,8 @@ def gradient_by_hand(record, pictures, steps, pulls=None, decision="drawn"):
         return b.sqrt() * x0 + (1 - b - sigma ** 2).sqrt() * eps
     for i in pictures:
         for k in steps:
-            prompt, x, x_prev = record["prompts"][i], latents[i:i + 1, k], latents[i:i + 1, k + 1]
+            x, x_prev = latents[i:i + 1, k], latents[i:i + 1, k + 1]
+            prompt = record["prompts"][i] if i < rewarded else BENIGN
             if decision == "expected":                  # the mean of q(x_prev | x, x0)
                 a, b, sigma = schedule.a_t[k], schedule.a_prev[k], schedule.sigma[k]
                 x0 = latents[i:i + 1, -1]
@@ -344,7 +346,7 @@ def gradient_by_hand(record, pictures, steps, pulls=None, decision="drawn"):
             gaussian = torch.distributions.Normal(mean, schedule.sigma[k])
             log_p = gaussian.log_prob(x_prev).mean()
             ratio = (log_p - log_p.detach()).exp()
-            loss = -record["advantage"][i] * ratio * (prompt != BENIGN)
+            loss = -record["advantage"][i] * ratio if i < rewarded else 0 * ratio
             (loss / (len(pictures) * len(steps))).backward()
         if pulls:
             weight, teacher, aim = pulls[prompt]
