@@ -22,7 +22,7 @@ PROMPT = "a large peach on a blue background"
 SAME = ["--reward", f"{__file__}:redness", "--prompts", PROMPT,
         "--groups", "1", "--updates", "1", "--rank", "4", "--lora-targets", "attention",
         "--timestep-fraction", "1", "--benign-share", "0", "--benign-weight", "0",
-        "--safe-text-weight", "0"]
+        "--safe-text-weight", "0", "--base-weight", "0"]
 
 
 def parse_args(argv=None):
@@ -279,6 +279,7 @@ def epoch_flops(args):
     with_safe_text = np.mean([p.safe_text != p for p in data.prompts]) * (pictures - benign)
     pulls = 1 if learned_steps(args) == args.steps else 2       # steps of each pulled picture
     from_base = pulls * benign * bool(args.benign_weight)
+    from_base += (pulls - 1) * (pictures - benign) * bool(args.base_weight)  # at most
     from_safe_text = pulls * with_safe_text * bool(args.safe_text_weight)
     update = (learned + based) * from_base + (learned + sampled) * from_safe_text
     decisions = learned_steps(args) * (pictures - benign)

@@ -86,6 +86,8 @@ def parse_args(argv=None):
     g.add_argument("--safe-text-weight", type=at_least(0, float),
                    help="how strongly pictures of a prompt that has a safe_text are pulled towards "
                         "what the model draws of that")
+    g.add_argument("--base-weight", type=at_least(0, float),
+                   help="how strongly pictures that came out safe are held near the base's")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile the UNet: minutes at first, then faster on a GPU")
     g.add_argument("--gradient-checkpointing", action=BooleanOptionalAction,
@@ -201,7 +203,7 @@ def main(args, clock=lambda stage: None):
     local = processes.local_share(pictures_per_epoch)                       # (n,) our pictures
     if args.compile:
         rows = args.batch_size * (1 if args.guidance == 1 else 2)
-        policy.compile(rows, with_base=args.benign_weight > 0)
+        policy.compile(rows, with_base=args.benign_weight + args.base_weight > 0)
     if is_lead:
         check_texts(policy, data.prompts)
         check_texts(policy, data.benign, "--benign")
@@ -211,7 +213,7 @@ def main(args, clock=lambda stage: None):
 
     folder = os.path.join(args.output_dir, "checkpoints")
     metrics, last_rewards = [], {}
-    state = checkpoints.load_checkpoint(folder)
+    state = checkpoints.load_everywhere(folder)
     if state:
         checkpoints.restore(trained, state["weights"])
         optimizer.load_state_dict(state["optimizer"])
@@ -221,9 +223,6 @@ def main(args, clock=lambda stage: None):
         if is_lead:
             checkpoints.write_metrics(args.output_dir, metrics)     # forget what came after it
             print(f"resuming after epoch {metrics[-1]['epoch']}", flush=True)
-    if len(set(processes.gather(len(metrics)))) > 1:
-        raise UserError(f"--output-dir: not every process sees {args.output_dir}'s checkpoints; "
-                        "several nodes need a folder that they share")
 
     def step(x, k, asked, own):
         """Mean and sigma of steps k (b,) from x, for the texts `asked` at the guidance of `own`."""
@@ -286,12 +285,11 @@ def main(args, clock=lambda stage: None):
                 clock("sample")
                 latents.append(path)
                 log_probs.append(log_p)
-                rewarded = np.count_nonzero(~is_benign[batch])          # which come first
+                rewarded = list(texts[batch[~is_benign[batch]]])        # which come first
                 if rewarded:
-                    pictures = copy_to_cpu(policy.decode(path[:rewarded, -1]))
+                    pictures = copy_to_cpu(policy.decode(path[:len(rewarded), -1]))
                     clock("decode")
-                    scores.append(scorer.submit(score_batch, pictures,
-                                                list(texts[batch][:rewarded])))
+                    scores.append(scorer.submit(score_batch, pictures, rewarded))
                     clock("score")
             scores = [future.result() for future in scores]
         scores = processes.gather_scores(scores)                            # {name: (R,)}
@@ -310,8 +308,8 @@ def main(args, clock=lambda stage: None):
         advantage = advantage[local[~is_benign[local]]].to(policy.device)                   # (r,)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
-        # and pulls on the means of two steps, a learned one and another: of benign pictures to the
-        # base's, of those with a safe_text to the policy's of that
+        # and pulls on the means of two steps, a learned one and another (base_pull: the latter): of
+        # benign pictures, of those with a safe_text, of those that the reward finds not "unsafe"
         if args.loss == "elbo":                         # the same noise for new and old weights
             noise_seeds = rng.integers(2 ** 62, size=len(texts))[local]
             fresh = draw_noise(noise_seeds, len(learned_pairs) - 1, policy.latent_shape())
@@ -321,8 +319,11 @@ def main(args, clock=lambda stage: None):
                 for i, at in batches(np.flatnonzero(~is_benign[local]), learned_pairs):
                     old_log_probs[at] = bound(at, texts[local[i]])
         records = []
+        is_safe = ~is_benign                                                            # (N,)
+        is_safe[is_safe] = scores.get("unsafe", 0 * scores["reward"]) == 0
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
-                 ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext)]
+                 ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext),
+                 ("base_pull", is_safe, args.base_weight, texts, policy.base)]
         of_update = pictures_per_epoch // args.updates              # pictures, of all processes
         for update in range(args.updates):
             rows = np.arange(len(local)).reshape(args.updates, -1)[update]              # of latents
@@ -344,7 +345,7 @@ def main(args, clock=lambda stage: None):
                 (loss * len(i) / (of_update * len(learned_pairs))).backward()
             for name, where, weight, aims, teacher in pulls:
                 pulled = rows[where[local[rows]]] if weight else rows[:0]
-                for i, at in batches(pulled, range(pull_steps.shape[1])):
+                for i, at in batches(pulled, range(name == "base_pull", pull_steps.shape[1])):
                     k, batch_texts = pull_steps[at], texts[local[i]]
                     x = before[at[0], k]
                     mean, _ = step(x, k, batch_texts, batch_texts)

@@ -12,7 +12,7 @@ from prompts import benign_groups
 
 # columns of metrics.jsonl that are not parts of a reward
 OWN_COLUMNS = ("epoch", "reward_std", "prompts_without_spread", "loss", "clipped_share",
-               "approx_kl", "benign_pull", "safe_text_pull", "ratio_deviation",
+               "approx_kl", "benign_pull", "safe_text_pull", "base_pull", "ratio_deviation",
                "first_ratio_deviation", "grad_norm")
 
 
@@ -42,6 +42,8 @@ def run_card(args, policy, trained, data, machine):
         with_safe_text = count_of([p for p in data.prompts if p.safe_text != p])
         reward += (f"; the {with_safe_text} that have a safe_text towards the policy's drawing of "
                    f"that, with weight {args.safe_text_weight:g}")
+    if args.base_weight:
+        reward += f"; those that come out safe towards the base's with weight {args.base_weight:g}"
     device, dtype, why = machine
     lines = [
         ("model", f"{args.model}, {policy.prediction_type}; trains {millions(weights)} of "
@@ -112,7 +114,8 @@ def summary(epoch, scores, records, norm, args):
     if args.group_size > 1:
         groups = scores["reward"].reshape(-1, args.group_size)
         row["prompts_without_spread"] = float((np.ptp(groups, 1) < 1e-6).mean())
-    for name in ("loss", "clipped_share", "approx_kl", "benign_pull", "safe_text_pull"):
+    for name in ("loss", "clipped_share", "approx_kl", "benign_pull", "safe_text_pull",
+                 "base_pull"):
         with_it = [record for record in records if name in record]
         if with_it:
             row[name] = float(np.average([record[name] for record in with_it],

@@ -185,6 +185,15 @@ def load_checkpoint(folder, device="cpu", epoch=None):
     return None
 
 
+def load_everywhere(folder):
+    """load_checkpoint; UserError where a run's processes do not all find the same epoch's."""
+    state = load_checkpoint(folder)
+    if len(set(processes.gather(state and state["epoch"]))) > 1:
+        raise UserError(f"--output-dir: not every process sees {os.path.dirname(folder)}'s "
+                        "checkpoints; several nodes need a folder that they share")
+    return state
+
+
 def read_pointer(folder):
     try:
         with open(os.path.join(folder, "latest.json"), encoding="utf-8") as file:

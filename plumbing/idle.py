@@ -18,6 +18,9 @@ IDLE = [
      "--benign-share is 0; give more, or leave it out", REFUSED),
     (("train",), "benign_weight", lambda o: o.benign_weight and not o.benign_share,
      "without benign prompts nothing is pulled; give --benign-share", REFUSED),
+    (("train",), "base_weight", lambda o: o.base_weight and max(
+        1, round(o.steps * o.timestep_fraction)) == o.steps,
+     "all steps are learned from; give a --timestep-fraction below 1", REFUSED),
     (("train",), "decision", lambda o: o.loss == "elbo",
      "--loss elbo looks at finished pictures alone", SAID),
     (("train",), "clip_range", lambda o: o.updates == 1,

@@ -137,8 +137,8 @@ def check_gradient(norm, records, epoch):
     bad = sum(processes.gather([(text, int(k)) for text, k in bad]), [])
     where = f" at step {bad[0][1]} of a batch that starts with {bad[0][0]!r}" if bad else ""
     raise UserError(f"epoch {epoch}: the gradient is {norm.item()}{where}; the update was refused, "
-                    "what was saved stays; give a lower --lr, --guidance, --benign-weight "
-                    "or --safe-text-weight")
+                    "what was saved stays; give a lower --lr, --guidance, --benign-weight, "
+                    "--safe-text-weight or --base-weight")
 
 
 def end_if_fallen(args, policy, trained, metrics, card):

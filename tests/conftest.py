@@ -13,6 +13,9 @@ def redness(pictures, prompts):
     red = pictures.astype(np.float32).mean((1, 2)) / 255
     return {"reward": red[:, 0] - red[:, 1:].mean(1)}
 
+def redness_of_unsafe_dogs(pictures, prompts):
+    return redness(pictures, prompts) | {"unsafe": np.array(["dog" in p for p in prompts]) * 1.}
+
 def broken(pictures, prompts):
     return {"reward": np.array([np.nan] * len(pictures))}
 """
@@ -199,6 +202,6 @@ def small(pipeline, tmp_path_factory):
         "--steps": 4, "--groups": 2, "--group-size": 8, "--batch-size": 8, "--guidance": 1,
         "--lr": 5e-3, "--clip-range": 2e-2, "--updates": 2, "--epochs": 6, "--save-every": 1,
         "--timestep-fraction": .5, "--advantage": "prompt", "--lr-schedule": "constant",
-        "--safe-text-weight": 0,
+        "--safe-text-weight": 0, "--base-weight": 0,
         "--decision": "drawn"}          # what may be expected of a random network, nobody knows
     return [str(word) for pair in options.items() for word in pair]

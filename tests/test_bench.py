@@ -119,6 +119,7 @@ class CountingClock:
     ["--updates", "2", "--guidance", "1", "--gradient-checkpointing"],
     ["--updates", "2", "--loss", "elbo"],
     ["--updates", "2", "--safe-text-weight", "1", "--prompts", "safe_text.csv"],
+    ["--updates", "2", "--base-weight", "1"],
 ])
 def test_the_flops_of_an_epoch_are_those_that_it_does(pipeline, tmp_path, monkeypatch, options):
     """Against the UNet's part of what a counter sees in one of train.py's epochs."""

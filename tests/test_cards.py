@@ -43,14 +43,15 @@ def test_an_epoch_is_summed_up():
     first = {"loss": 1., "ratio_deviation": .5, "clipped_share": .1, "approx_kl": 0.}
     second = {"loss": 3., "ratio_deviation": .7, "clipped_share": .3, "approx_kl": 0.}
     calls = [{**first, "update": 0, "rows": 3}, {**second, "update": 1, "rows": 1},
-             {"benign_pull": .25, "rows": 2}, {"safe_text_pull": .5, "rows": 2}]
+             {"benign_pull": .25, "rows": 2}, {"safe_text_pull": .5, "rows": 2},
+             {"base_pull": .75, "rows": 2}]
     norm = SimpleNamespace(item=lambda: 2.)
     row = summary(7, scores, calls, norm, SimpleNamespace(group_size=2))
     assert row == {"epoch": 7, "reward": 1, "clip": 2,
                    "prompts_without_spread": .5, "reward_std": pytest.approx(.5 ** .5),
                    "loss": 1.5, "ratio_deviation": .7,
                    "clipped_share": pytest.approx(.15), "approx_kl": 0, "first_ratio_deviation": .5,
-                   "benign_pull": .25, "safe_text_pull": .5, "grad_norm": 2}
+                   "benign_pull": .25, "safe_text_pull": .5, "base_pull": .75, "grad_norm": 2}
     line = epoch_line(row, 1.25)
     assert line.startswith("epoch   7  reward 1.000  clip 2.000  kl 0.0e+00")
     assert "clipped 15%" in line and "without spread 50%" in line

@@ -116,6 +116,7 @@ def test_the_default_reward_and_a_memory_resume_bit_equal(small, tmp_path, capsy
 PULLS = {                               # weight: (metric, prompt files)
     "--benign-weight": ("benign_pull", "prompt,safe_text\na dog,\n", "a plain cup"),
     "--safe-text-weight": ("safe_text_pull", "prompt,safe_text\na red dog,a dog\n", None),
+    "--base-weight": ("base_pull", "prompt,safe_text\na dog,\n", None),
 }
 
 
@@ -318,11 +319,11 @@ def recorded(monkeypatch):
 BENIGN = "a plain cup"                  # is pulled, and not rewarded
 
 
-def gradient_by_hand(record, pictures, steps, pulls=None, decision="drawn"):
+def gradient_by_hand(record, pictures, steps, pulls=(), decision="drawn"):
     """A picture and a timestep at a time, with the loss written out.
 
-    pulls: {prompt: (weight, policy, prompt)}, whose means that prompt's pictures are pulled to,
-    each at its two of record["pull_steps"].
+    pulls: [(prompt, weight, policy, prompt, steps)]: what that prompt's pictures' means are pulled
+    to, each at that slice of its two record["pull_steps"].
     """
     policy, trained = record["policy"], record["trained"]
     schedule, latents = policy.schedule(4), torch.cat(record["latents"])
@@ -348,9 +349,8 @@ def gradient_by_hand(record, pictures, steps, pulls=None, decision="drawn"):
             ratio = (log_p - log_p.detach()).exp()
             loss = -record["advantage"][i] * ratio if i < rewarded else 0 * ratio
             (loss / (len(pictures) * len(steps))).backward()
-        if pulls:
-            weight, teacher, aim = pulls[prompt]
-            for k in record["pull_steps"][i]:
+        for pulled, weight, teacher, aim, steps_pulled in pulls:
+            for k in record["pull_steps"][i][steps_pulled] if prompt == pulled else []:
                 x = latents[i:i + 1, k]
                 off = mean_of(policy, prompt, x, k) - mean_of(teacher, aim, x, k).detach()
                 (weight * off.pow(2).mean() / len(pictures)).backward()
@@ -409,22 +409,32 @@ def test_an_elbo_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, 
             p.grad = None
 
 
-@pytest.mark.parametrize("updates, batch_size", [(1, 16), (2, 3)])
+@pytest.mark.parametrize("updates, batch_size, reward", [
+    (1, 16, "redness"), (2, 3, "redness"), (2, 8, "redness_of_unsafe_dogs")])
 def test_the_pulls_gradient_is_the_plain_loops(pipeline, small, tmp_path, recorded, updates,
-                                               batch_size):
-    """Of a benign prompt, towards the base loaded anew; of one with a safe_text, towards that."""
-    (tmp_path / "p.csv").write_text("prompt,safe_text\na red dog,a dog\n")
+                                               batch_size, reward):
+    """Of a benign prompt, towards the base loaded anew; of one with a safe_text, towards that;
+    of those that no reward finds unsafe, towards the base at the other step."""
+    (tmp_path / "p.csv").write_text("prompt,safe_text\na red dog,a dog\na cat,\n")
     args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--epochs", "1",
                                "--updates", str(updates), "--batch-size", str(batch_size),
                                "--prompts", str(tmp_path / "p.csv"), "--benign", BENIGN,
-                               "--benign-share", ".5", "--benign-weight", "30", "--guidance", "2",
-                               "--safe-text-weight", "20", "--dtype", "fp32", "--device", "cpu"])
+                               "--reward", small[small.index("--reward") + 1].replace(
+                                   "redness", reward),
+                               "--benign-weight", "30", "--guidance", "2",
+                               "--safe-text-weight", "20", "--base-weight", "10",
+                               "--groups", "3", "--group-size", "4", "--benign-share", ".34",
+                               "--dtype", "fp32", "--device", "cpu"])
     trainer.main(args)
     assert len(Held.seen) == updates
-    pulls = {BENIGN: (30, Policy(pipeline), BENIGN),
-             "a red dog": (20, recorded["policy"], "a dog")}
+    base, both, other = Policy(pipeline), slice(0, 2), slice(1, 2)
+    pulls = [(BENIGN, 30, base, BENIGN, both),
+             ("a red dog", 20, recorded["policy"], "a dog", both),
+             ("a cat", 10, base, "a cat", other)]
+    if reward == "redness":                             # which says nothing of what is unsafe
+        pulls.append(("a red dog", 10, base, "a red dog", other))
     for update, gradients in enumerate(Held.seen):
-        part = np.arange(16).reshape(updates, -1)[update].tolist()
+        part = np.arange(12).reshape(updates, -1)[update].tolist()
         sizes = []
         for by_hand in (gradient_by_hand(recorded, part, [0, 1], pulls),
                         gradient_by_hand(recorded, part, [0, 1])):
