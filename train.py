@@ -309,7 +309,7 @@ def main(args, clock=lambda stage: None):
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
         # and pulls on the means of two steps, a learned one and another (base_pull: the latter): of
-        # benign pictures, of those with a safe_text, of those that the reward finds not "unsafe"
+        # benign pictures, those with a safe_text, half of those that the reward finds not "unsafe"
         if args.loss == "elbo":                         # the same noise for new and old weights
             noise_seeds = rng.integers(2 ** 62, size=len(texts))[local]
             fresh = draw_noise(noise_seeds, len(learned_pairs) - 1, policy.latent_shape())
@@ -319,8 +319,8 @@ def main(args, clock=lambda stage: None):
                 for i, at in batches(np.flatnonzero(~is_benign[local]), learned_pairs):
                     old_log_probs[at] = bound(at, texts[local[i]])
         records = []
-        is_safe = ~is_benign                                                            # (N,)
-        is_safe[is_safe] = scores.get("unsafe", 0 * scores["reward"]) == 0
+        is_safe = ~is_benign & (np.arange(len(texts)) % args.group_size < args.group_size / 2)
+        is_safe[~is_benign] &= scores.get("unsafe", 0 * scores["reward"]) == 0
         pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
                  ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext),
                  ("base_pull", is_safe, args.base_weight, texts, policy.base)]

@@ -322,8 +322,9 @@ BENIGN = "a plain cup"                  # is pulled, and not rewarded
 def gradient_by_hand(record, pictures, steps, pulls=(), decision="drawn"):
     """A picture and a timestep at a time, with the loss written out.
 
-    pulls: [(prompt, weight, policy, prompt, steps)]: what that prompt's pictures' means are pulled
-    to, each at that slice of its two record["pull_steps"].
+    pulls: [(prompt, weight, policy, prompt, steps, count)]: what the means of that prompt's
+    pictures, of four the first `count`, are pulled to, each at that slice of its two
+    record["pull_steps"].
     """
     policy, trained = record["policy"], record["trained"]
     schedule, latents = policy.schedule(4), torch.cat(record["latents"])
@@ -349,8 +350,9 @@ def gradient_by_hand(record, pictures, steps, pulls=(), decision="drawn"):
             ratio = (log_p - log_p.detach()).exp()
             loss = -record["advantage"][i] * ratio if i < rewarded else 0 * ratio
             (loss / (len(pictures) * len(steps))).backward()
-        for pulled, weight, teacher, aim, steps_pulled in pulls:
-            for k in record["pull_steps"][i][steps_pulled] if prompt == pulled else []:
+        for pulled, weight, teacher, aim, steps_pulled, count in pulls:
+            is_pulled = prompt == pulled and i % 4 < count
+            for k in record["pull_steps"][i][steps_pulled] if is_pulled else []:
                 x = latents[i:i + 1, k]
                 off = mean_of(policy, prompt, x, k) - mean_of(teacher, aim, x, k).detach()
                 (weight * off.pow(2).mean() / len(pictures)).backward()
@@ -414,7 +416,7 @@ def test_an_elbo_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, 
 def test_the_pulls_gradient_is_the_plain_loops(pipeline, small, tmp_path, recorded, updates,
                                                batch_size, reward):
     """Of a benign prompt, towards the base loaded anew; of one with a safe_text, towards that;
-    of those that no reward finds unsafe, towards the base at the other step."""
+    half of those that no reward finds unsafe, towards the base at the other step."""
     (tmp_path / "p.csv").write_text("prompt,safe_text\na red dog,a dog\na cat,\n")
     args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--epochs", "1",
                                "--updates", str(updates), "--batch-size", str(batch_size),
@@ -428,11 +430,11 @@ def test_the_pulls_gradient_is_the_plain_loops(pipeline, small, tmp_path, record
     trainer.main(args)
     assert len(Held.seen) == updates
     base, both, other = Policy(pipeline), slice(0, 2), slice(1, 2)
-    pulls = [(BENIGN, 30, base, BENIGN, both),
-             ("a red dog", 20, recorded["policy"], "a dog", both),
-             ("a cat", 10, base, "a cat", other)]
+    pulls = [(BENIGN, 30, base, BENIGN, both, 4),
+             ("a red dog", 20, recorded["policy"], "a dog", both, 4),
+             ("a cat", 10, base, "a cat", other, 2)]
     if reward == "redness":                             # which says nothing of what is unsafe
-        pulls.append(("a red dog", 10, base, "a red dog", other))
+        pulls.append(("a red dog", 10, base, "a red dog", other, 2))
     for update, gradients in enumerate(Held.seen):
         part = np.arange(12).reshape(updates, -1)[update].tolist()
         sizes = []
