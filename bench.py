@@ -16,7 +16,7 @@ import sys
 import time
 
 from plumbing.kinds import at_least
-from plumbing.options import Parser, UserError, run
+from plumbing.options import Parser, UserError, learned_steps, run
 
 PROMPT = "a large peach on a blue background"
 SAME = ["--reward", f"{__file__}:redness", "--prompts", PROMPT,
@@ -129,7 +129,6 @@ from judging.judges import load_tools
 from judging.setup import commit
 from model import Policy, plain
 from plumbing import watch
-from plumbing.cards import learned_steps
 from plumbing.checkpoints import load_checkpoint, read_args, restore
 from plumbing.devices import DTYPES, InlineExecutor, choose_device, scoring_thread
 from plumbing.files import check_places, make_folder

@@ -23,7 +23,7 @@ from functools import partial
 from plumbing import checkpoints, processes, watch
 from plumbing.idle import refuse_idle
 from plumbing.kinds import at_least, positive, share_above_0, share_below_1
-from plumbing.options import Parser, UserError, add_options, run
+from plumbing.options import Parser, UserError, add_options, learned_steps, run
 from plumbing.worlds import DEFAULT_MODEL, parse_with_recipe, read_world
 
 
@@ -87,7 +87,7 @@ def parse_args(argv=None):
                    help="how strongly pictures of a prompt that has a safe_text are pulled towards "
                         "what the model draws of that")
     g.add_argument("--base-weight", type=at_least(0, float),
-                   help="how strongly pictures that came out safe are held near the base's")
+                   help="pull of half of what came out safe towards the base's, at late steps")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile the UNet: minutes at first, then faster on a GPU")
     g.add_argument("--gradient-checkpointing", action=BooleanOptionalAction,
@@ -126,7 +126,7 @@ from ddpo import (
 from judging.judges import load_tools
 from judging.verdict import judge_run
 from model import Policy, guidance_of, plain
-from plumbing.cards import epoch_line, learned_steps, model_card, run_card, summary
+from plumbing.cards import epoch_line, model_card, run_card, summary
 from plumbing.devices import DTYPES, choose_device, copy_to_cpu, scoring_thread
 from plumbing.files import write
 from plumbing.plots import save_curve

@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from plumbing import processes
-from plumbing.options import spelled
+from plumbing.options import learned_steps, spelled
 from plumbing.watch import PICTURES, is_counted
 from plumbing.worlds import locate, overridden
 from prompts import benign_groups
@@ -96,11 +96,6 @@ def recipe_line(args, on_top=None):
     changed = [f"{spelled(option)} {ours} instead of {theirs}"
                for option, (theirs, ours) in overridden(args, on_top or {}).items()]
     return args.recipe + (": " + ", ".join(changed) if changed else "")
-
-
-def learned_steps(args):
-    """How many of a picture's denoising steps are learned from: the noisiest ones."""
-    return max(1, round(args.steps * args.timestep_fraction))
 
 
 def summary(epoch, scores, records, norm, args):

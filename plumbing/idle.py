@@ -5,7 +5,7 @@ One table, looked at by every program when it has parsed its options.
 import sys
 from argparse import Namespace
 
-from plumbing.options import spelled
+from plumbing.options import learned_steps, spelled
 
 REFUSED, SAID = "refused", "said"       # the latter where it is one of several to be compared
 DRAWS = ("sample", "evaluate")
@@ -18,8 +18,7 @@ IDLE = [
      "--benign-share is 0; give more, or leave it out", REFUSED),
     (("train",), "benign_weight", lambda o: o.benign_weight and not o.benign_share,
      "without benign prompts nothing is pulled; give --benign-share", REFUSED),
-    (("train",), "base_weight", lambda o: o.base_weight and max(
-        1, round(o.steps * o.timestep_fraction)) == o.steps,
+    (("train",), "base_weight", lambda o: o.base_weight and learned_steps(o) == o.steps,
      "all steps are learned from; give a --timestep-fraction below 1", REFUSED),
     (("train",), "decision", lambda o: o.loss == "elbo",
      "--loss elbo looks at finished pictures alone", SAID),

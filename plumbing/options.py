@@ -80,6 +80,11 @@ class Parser(argparse.ArgumentParser):
         return re.sub(r"expected .*argument.*", "a value is needed after it", message)
 
 
+def learned_steps(args):
+    """How many of a picture's denoising steps are learned from: the noisiest ones."""
+    return max(1, round(args.steps * args.timestep_fraction))
+
+
 def spelled(name):
     """An option's name in args as the user writes it."""
     return f"--{name.replace('_', '-')}"

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import train
-from plumbing.cards import epoch_line, learned_steps, model_card, recipe_line, summary
+from plumbing.cards import epoch_line, model_card, recipe_line, summary
 
 
 def test_a_model_card_has_the_hubs_metadata_and_says_how_the_weights_are_loaded():
@@ -29,12 +29,6 @@ def test_the_run_card_names_the_recipe_and_what_was_overridden():
     assert recipe_line(train.parse_args([])) == "embedded"
     args = train.parse_args(["--lr", "1e-3", "--groups", "4"])
     assert recipe_line(args) == "embedded: --groups 4 instead of 8, --lr 0.001 instead of 0.0062"
-
-
-@pytest.mark.parametrize("steps, fraction, learned", [(5, .4, 2), (5, .01, 1), (50, 1, 50)])
-def test_the_noisiest_steps_are_learned_from(steps, fraction, learned):
-    args = SimpleNamespace(steps=steps, timestep_fraction=fraction)
-    assert learned_steps(args) == learned
 
 
 def test_an_epoch_is_summed_up():

@@ -34,6 +34,13 @@ def test_some_are_only_said(capsys):
     assert "--clip-range: it does nothing here: with --updates 1" in capsys.readouterr().err
 
 
+def test_a_pull_at_the_late_steps_is_idle_where_there_are_none(capsys):
+    assert train.parse_args(["--base-weight", ".1"]).base_weight == .1
+    with pytest.raises(SystemExit):
+        train.parse_args(["--base-weight", ".1", "--timestep-fraction", "1"])
+    assert "--base-weight: it would do nothing: all steps are" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("program", sorted({name for programs, *_ in IDLE for name in programs}))
 def test_the_table_names_options_that_there_are(program):
     argv = {"erase": ["esd-x"], "sample": ["a dog"]}.get(program, [])

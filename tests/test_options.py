@@ -1,8 +1,10 @@
 """plumbing/options.py and kinds.py: what is allowed, and errors of one sentence."""
+from types import SimpleNamespace
+
 import pytest
 
 from plumbing.kinds import at_least, pixels, positive, share, share_above_0, share_below_1, steps
-from plumbing.options import Parser, UserError, add_options, run
+from plumbing.options import Parser, UserError, add_options, learned_steps, run
 
 
 @pytest.fixture
@@ -71,3 +73,9 @@ def test_a_program_that_is_stopped_says_that_what_it_saved_stays(capsys):
     with pytest.raises(SystemExit) as end:
         run(main, None)
     assert end.value.code == 130 and "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps, fraction, learned", [(5, .4, 2), (5, .01, 1), (50, 1, 50)])
+def test_the_noisiest_steps_are_learned_from(steps, fraction, learned):
+    args = SimpleNamespace(steps=steps, timestep_fraction=fraction)
+    assert learned_steps(args) == learned
