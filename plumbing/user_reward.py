@@ -50,7 +50,9 @@ def load_reward(spec):
 def score(reward_fn, pictures, texts, name=None):
     """What a reward gives for pictures (N, H, W, 3) of these prompts, as {part: float32 (N,)}.
 
-    Lists, arrays and tensors will do; they are copied. name: the user's, as --reward has it.
+    Lists, arrays and tensors will do; they are copied. name: the user's, as --reward has it. Of
+    the parts but "reward" train.py knows one: what is not "unsafe" (0), or everything where there
+    is no such part, is what --base-weight holds.
     UserError where it fails, returns no such dict with "reward", names a part as metrics.jsonl
     names a column of its own, or where a reward is not a number that can be squared.
     """
