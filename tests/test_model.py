@@ -504,6 +504,25 @@ def test_in_bf16_the_lora_stays_fp32_and_the_first_ratio_is_near_one(pipeline):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_without_pefts_casts_gives_the_same_to_the_last_bit(pipeline, dtype):
+    answers = []
+    for casts in (False, True):
+        policy = Policy(pipeline, dtype=dtype, trainable=True)
+        trained = random_lora(policy)
+        layers = [module for module in policy.unet.modules() if hasattr(module, "lora_A")]
+        assert len(layers) == len(trained) // 2
+        assert not any(layer.cast_input_dtype_enabled for layer in layers)
+        for layer in layers:
+            layer.cast_input_dtype_enabled = casts
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        output = plain(policy, ["a dog", "a cup"], 2.)(x, torch.tensor(500))
+        output.square().sum().backward()
+        answers.append(torch.cat([output.detach().flatten(),
+                                  *(p.grad.flatten() for p in trained.values())]))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_checkpointing_changes_no_gradient(pipeline, dtype):
     gradients = []
     for checkpointed in (False, True):
