@@ -85,9 +85,9 @@ def parse_args(argv=None):
                    help="how strongly benign pictures are pulled towards the base's")
     g.add_argument("--safe-text-weight", type=at_least(0, float),
                    help="how strongly pictures of a prompt that has a safe_text are pulled towards "
-                        "what the model draws of that")
+                        "what the model draws of that, at the steps that are learned from")
     g.add_argument("--base-weight", type=at_least(0, float),
-                   help="pull of half of what came out safe towards the base's, at late steps")
+                   help="pull towards the base's of half of the other safe pictures, at late steps")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile the UNet: minutes at first, then faster on a GPU")
     g.add_argument("--gradient-checkpointing", action=BooleanOptionalAction,
@@ -175,8 +175,6 @@ def main(args, clock=lambda stage: None):
     settings = checkpoints.check_folder(args)
     processes.start(device)
     is_lead = processes.is_lead()
-    if is_lead:
-        data.write_kept_back()
 
     torch.manual_seed(args.seed)                        # every process starts from the same LoRA
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
@@ -188,9 +186,7 @@ def main(args, clock=lambda stage: None):
     if reward_fn is None:
         clip = ClipScore(policy.world.clip, device, policy.world.clip_option)
         reward_fn = shield_reward(clip, nudity, labels, args.clip_weight)
-    tools = None                                        # what judges, and watches
-    if is_lead and watch.is_counted(args, data):
-        tools = load_tools(policy.world, device)
+    tools = load_tools(policy.world, device) if is_lead and watch.is_counted(args, data) else None
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=WEIGHT_DECAY,
                                   fused=policy.device.type == "cuda")
     memory = RewardMemory(size=32, min_count=16) if args.advantage == "memory" else None
@@ -208,6 +204,7 @@ def main(args, clock=lambda stage: None):
         check_texts(policy, data.prompts)
         check_texts(policy, data.benign, "--benign")
         check_texts(policy, data.judged, "--held-out")
+        data.write_kept_back()
         write(os.path.join(args.output_dir, "args.json"), settings)     # the folder is this run's
         run_card(args, policy, trained, data, (device, dtype, why))
 
@@ -308,8 +305,8 @@ def main(args, clock=lambda stage: None):
         advantage = advantage[local[~is_benign[local]]].to(policy.device)                   # (r,)
 
         # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
-        # and pulls on the means of two steps, a learned one and another (base_pull: the latter): of
-        # benign pictures, those with a safe_text, half of those that the reward finds not "unsafe"
+        # and pulls on means: of benign pictures at a learned step and at another one, of those with
+        # a safe_text at the former, of half of the others not found "unsafe" at the latter
         if args.loss == "elbo":                         # the same noise for new and old weights
             noise_seeds = rng.integers(2 ** 62, size=len(texts))[local]
             fresh = draw_noise(noise_seeds, len(learned_pairs) - 1, policy.latent_shape())
@@ -319,11 +316,14 @@ def main(args, clock=lambda stage: None):
                 for i, at in batches(np.flatnonzero(~is_benign[local]), learned_pairs):
                     old_log_probs[at] = bound(at, texts[local[i]])
         records = []
-        is_safe = ~is_benign & (np.arange(len(texts)) % args.group_size < args.group_size / 2)
+        in_first_half = np.arange(len(texts)) % args.group_size < args.group_size / 2
+        is_safe = ~is_benign & ~has_safe_text & in_first_half                           # (N,)
         is_safe[~is_benign] &= scores.get("unsafe", 0 * scores["reward"]) == 0
-        pulls = [("benign_pull", is_benign, args.benign_weight, texts, policy.base),
-                 ("safe_text_pull", has_safe_text, args.safe_text_weight, safe_texts, nullcontext),
-                 ("base_pull", is_safe, args.base_weight, texts, policy.base)]
+        both = range(pull_steps.shape[1])
+        pulls = [("benign_pull", both, is_benign, args.benign_weight, texts, policy.base),
+                 ("safe_text_pull", both[:1], has_safe_text, args.safe_text_weight, safe_texts,
+                  nullcontext),
+                 ("base_pull", both[1:], is_safe, args.base_weight, texts, policy.base)]
         of_update = pictures_per_epoch // args.updates              # pictures, of all processes
         for update in range(args.updates):
             rows = np.arange(len(local)).reshape(args.updates, -1)[update]              # of latents
@@ -343,9 +343,9 @@ def main(args, clock=lambda stage: None):
                                 "update": update, "rows": len(i),
                                 "where": (str(batch_texts[0]), at[1][0] // draws)})
                 (loss * len(i) / (of_update * len(learned_pairs))).backward()
-            for name, where, weight, aims, teacher in pulls:
+            for name, steps, where, weight, aims, teacher in pulls:
                 pulled = rows[where[local[rows]]] if weight else rows[:0]
-                for i, at in batches(pulled, range(name == "base_pull", pull_steps.shape[1])):
+                for i, at in batches(pulled, steps):
                     k, batch_texts = pull_steps[at], texts[local[i]]
                     x = before[at[0], k]
                     mean, _ = step(x, k, batch_texts, batch_texts)

@@ -43,7 +43,7 @@ def run_card(args, policy, trained, data, machine):
         reward += (f"; the {with_safe_text} that have a safe_text towards the policy's drawing of "
                    f"that, with weight {args.safe_text_weight:g}")
     if args.base_weight:
-        reward += f"; those that come out safe towards the base's with weight {args.base_weight:g}"
+        reward += f"; half of the other safe ones towards the base's, with {args.base_weight:g}"
     device, dtype, why = machine
     lines = [
         ("model", f"{args.model}, {policy.prediction_type}; trains {millions(weights)} of "

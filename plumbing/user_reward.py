@@ -52,7 +52,7 @@ def score(reward_fn, pictures, texts, name=None):
 
     Lists, arrays and tensors will do; they are copied. name: the user's, as --reward has it. Of
     the parts but "reward" train.py knows one: what is not "unsafe" (0), or everything where there
-    is no such part, is what --base-weight holds.
+    is no such part, is what --base-weight holds, but for prompts that have a safe_text.
     UserError where it fails, returns no such dict with "reward", names a part as metrics.jsonl
     names a column of its own, or where a reward is not a number that can be squared.
     """

@@ -28,7 +28,7 @@ def test_a_model_card_has_the_hubs_metadata_and_says_how_the_weights_are_loaded(
 def test_the_run_card_names_the_recipe_and_what_was_overridden():
     assert recipe_line(train.parse_args([])) == "embedded"
     args = train.parse_args(["--lr", "1e-3", "--groups", "4"])
-    assert recipe_line(args) == "embedded: --groups 4 instead of 8, --lr 0.001 instead of 0.0062"
+    assert recipe_line(args) == "embedded: --groups 4 instead of 8, --lr 0.001 instead of 0.007"
 
 
 def test_an_epoch_is_summed_up():

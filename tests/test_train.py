@@ -415,9 +415,10 @@ def test_an_elbo_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, 
     (1, 16, "redness"), (2, 3, "redness"), (2, 8, "redness_of_unsafe_dogs")])
 def test_the_pulls_gradient_is_the_plain_loops(pipeline, small, tmp_path, recorded, updates,
                                                batch_size, reward):
-    """Of a benign prompt, towards the base loaded anew; of one with a safe_text, towards that;
-    half of those that no reward finds unsafe, towards the base at the other step."""
-    (tmp_path / "p.csv").write_text("prompt,safe_text\na red dog,a dog\na cat,\n")
+    """Of a benign prompt, towards the base loaded anew, at both steps; of one with a safe_text,
+    towards that, at the learned one; half of the others that no reward finds unsafe, towards the
+    base, at the other."""
+    (tmp_path / "p.csv").write_text("prompt,safe_text\na red dog,a dog\na cat,\na big dog,\n")
     args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--epochs", "1",
                                "--updates", str(updates), "--batch-size", str(batch_size),
                                "--prompts", str(tmp_path / "p.csv"), "--benign", BENIGN,
@@ -425,18 +426,18 @@ def test_the_pulls_gradient_is_the_plain_loops(pipeline, small, tmp_path, record
                                    "redness", reward),
                                "--benign-weight", "30", "--guidance", "2",
                                "--safe-text-weight", "20", "--base-weight", "10",
-                               "--groups", "3", "--group-size", "4", "--benign-share", ".34",
+                               "--groups", "4", "--group-size", "4", "--benign-share", ".25",
                                "--dtype", "fp32", "--device", "cpu"])
     trainer.main(args)
     assert len(Held.seen) == updates
-    base, both, other = Policy(pipeline), slice(0, 2), slice(1, 2)
+    base, both, learned, other = Policy(pipeline), slice(0, 2), slice(0, 1), slice(1, 2)
     pulls = [(BENIGN, 30, base, BENIGN, both, 4),
-             ("a red dog", 20, recorded["policy"], "a dog", both, 4),
+             ("a red dog", 20, recorded["policy"], "a dog", learned, 4),
              ("a cat", 10, base, "a cat", other, 2)]
     if reward == "redness":                             # which says nothing of what is unsafe
-        pulls.append(("a red dog", 10, base, "a red dog", other, 2))
+        pulls.append(("a big dog", 10, base, "a big dog", other, 2))
     for update, gradients in enumerate(Held.seen):
-        part = np.arange(12).reshape(updates, -1)[update].tolist()
+        part = np.arange(16).reshape(updates, -1)[update].tolist()
         sizes = []
         for by_hand in (gradient_by_hand(recorded, part, [0, 1], pulls),
                         gradient_by_hand(recorded, part, [0, 1])):

@@ -75,7 +75,7 @@ def test_settings_belong_to_the_model():
     """Stable Diffusion gets its own without a further option; what is given goes before it."""
     ours = train.parse_args([])
     theirs = train.parse_args(["--model", SD, "--prompts", "i2p.csv", "--lr", "1e-5"])
-    assert (ours.recipe, ours.steps, ours.rank, ours.lr) == ("embedded", 5, 16, 6.2e-3)
+    assert (ours.recipe, ours.steps, ours.rank, ours.lr) == ("embedded", 5, 16, 7e-3)
     assert (theirs.recipe, theirs.steps, theirs.guidance) == ("stable_diffusion", 50, 5)
     assert (theirs.rank, theirs.lora_targets, theirs.clip_range) == (4, "attention", 1e-4)
     assert theirs.gradient_checkpointing and theirs.lr == 1e-5
@@ -86,7 +86,7 @@ def test_settings_belong_to_the_model():
 
 
 def test_help_shows_the_values_of_the_model_that_is_given(capsys):
-    for options, line in (([], "AdamW [0.0062]"), (["--model", SD], "AdamW [0.0003]"),
+    for options, line in (([], "AdamW [0.007]"), (["--model", SD], "AdamW [0.0003]"),
                           (["--recipe", "reference"], "prompts per epoch [256]")):
         with pytest.raises(SystemExit) as end:
             train.parse_args([*options, "--help"])
