@@ -276,11 +276,12 @@ def epoch_flops(args):
     data = train.training_prompts(args)
     benign = benign_groups(data.benign, args.groups, args.benign_share) * args.group_size
     with_safe_text = np.mean([p.safe_text != p for p in data.prompts]) * (pictures - benign)
-    pulls = 1 if learned_steps(args) == args.steps else 2       # steps of each pulled picture
+    pulls = 1 if learned_steps(args) == args.steps else 2       # steps of a benign picture's
     from_base = pulls * benign * bool(args.benign_weight)
     half = -(-args.group_size // 2) / args.group_size           # of those that came out safe
-    from_base += (pulls - 1) * (pictures - benign) * half * bool(args.base_weight)  # at most
-    from_safe_text = pulls * with_safe_text * bool(args.safe_text_weight)
+    others = pictures - benign - with_safe_text
+    from_base += (pulls - 1) * others * half * bool(args.base_weight)            # at most
+    from_safe_text = with_safe_text * bool(args.safe_text_weight)
     update = (learned + based) * from_base + (learned + sampled) * from_safe_text
     decisions = learned_steps(args) * (pictures - benign)
     if args.loss == "elbo":
