@@ -276,7 +276,7 @@ def epoch_flops(args):
     data = train.training_prompts(args)
     benign = benign_groups(data.benign, args.groups, args.benign_share) * args.group_size
     with_safe_text = np.mean([p.safe_text != p for p in data.prompts]) * (pictures - benign)
-    pulls = 1 if learned_steps(args) == args.steps else 2       # steps of a benign picture's
+    pulls = 1 if learned_steps(args) == args.steps else 2       # that benign pictures have
     from_base = pulls * benign * bool(args.benign_weight)
     half = -(-args.group_size // 2) / args.group_size           # of those that came out safe
     others = pictures - benign - with_safe_text

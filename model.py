@@ -268,8 +268,8 @@ class Policy:
                 r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                 target_modules=LORA_TARGETS.get(targets, targets)))
             for module in self.unet.modules():
-                if hasattr(module, "lora_A"):           # autocast does it; peft's copies each input
-                    module.cast_input_dtype_enabled = False     # to float32 first
+                if hasattr(module, "lora_A"):           # else peft copies inputs to float32, which
+                    module.cast_input_dtype_enabled = False     # autocast then copies back
         self.set_precision()
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
 
