@@ -282,13 +282,12 @@ def epoch_flops(args):
     others = pictures - benign - with_safe_text
     from_base += (pulls - 1) * others * half * bool(args.base_weight)            # at most
     from_safe_text = with_safe_text * bool(args.safe_text_weight)
-    update = (learned + based) * from_base + (learned + sampled) * from_safe_text
-    decisions = learned_steps(args) * (pictures - benign)
-    if args.loss == "elbo":
-        decisions *= train.ELBO_DRAWS
-        update += sampled * decisions                   # of the old weights
-    update += learned * decisions
-    return {"sample": sampled * pictures * args.steps, "update": update}
+    draws = train.ELBO_DRAWS if args.loss == "elbo" else 1
+    decisions = draws * learned_steps(args)             # of a picture
+    update = (learned + based) * from_base + sampled * decisions * from_safe_text
+    update += learned * decisions * (pictures - benign)
+    old = decisions if args.loss == "elbo" else 0       # log-probabilities beside the rollout's
+    return {"sample": sampled * pictures * (args.steps + old), "update": update}
 
 
 def flops_of(work):

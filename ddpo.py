@@ -79,20 +79,6 @@ def log_prob(x_prev, mean, sigma):
     return element.flatten(1).mean(1)
 
 
-def elbo(predict, x0, noise, schedule, k, prediction_type="epsilon"):
-    """Minus the denoising loss of a finished latent x0, noised anew to step k's timestep: (B,).
-
-    A bound of log p(x0), up to constants, averaged over latent elements: what AWM (arXiv
-    2509.25050) puts where DDPO has the `log_prob` of the trajectory's steps. It looks at the
-    picture and not at the luck of each step, so that its gradient is less noisy.
-    x0, noise: (B, C, h, w), the noise standard normal; k: as in step_mean.
-    """
-    a_t = schedule.a_t[k].view(-1, 1, 1, 1)
-    output = predict(a_t.sqrt() * x0 + (1 - a_t).sqrt() * noise, schedule.t[k]).float()
-    target = velocity(x0, noise, a_t) if prediction_type == "v_prediction" else noise
-    return -mean_distance(output, target)
-
-
 def step_mean(predict, x, schedule, k, prediction_type="epsilon"):
     """The mean of step k (one number, or one per row, (B,)) from latents x, and its sigma.
 
@@ -128,10 +114,10 @@ def draw_noise(seeds, steps, shape):
 def rollout(predict, noise, schedule, prediction_type="epsilon", which="drawn", tick=lambda: None):
     """Denoise, remembering every decision.
 
-    noise: (B, T + 1, C, h, w) standard normal; [:, 0] is the start, [:, k + 1] the noise of step k.
-    Returns latents (B, T + 1, C, h, w), the last of them the picture's, and the log-probabilities
-    (B, T) of its `decisions`, drawn or expected. Raises ValueError for a schedule without noise
-    (eta 0).
+    noise: (B, T + 1 or more, C, h, w) standard normal; [:, 0] is the start, [:, k + 1] the noise of
+    step k. Returns latents (B, T + 1, C, h, w), the last of them the picture's; and of each step
+    where it began (B, T, C, h, w), its `decisions`, drawn or expected, as large, and their
+    log-probabilities (B, T). Raises ValueError for a schedule without noise (eta 0).
     """
     if not (schedule.sigma > 0).all():
         raise ValueError("a step without noise has no log-probability; give eta above 0")
@@ -146,7 +132,27 @@ def rollout(predict, noise, schedule, prediction_type="epsilon", which="drawn", 
     latents = torch.stack(latents, 1)
     decided = decisions(latents, schedule, which)
     log_probs = [log_prob(decided[:, k], mean, schedule.sigma[k]) for k, mean in enumerate(means)]
-    return latents, torch.stack(log_probs, 1)
+    return latents, latents[:, :-1], decided, torch.stack(log_probs, 1)
+
+
+@torch.no_grad()
+def renoise(predict, x0, noise, schedule, steps, prediction_type="epsilon"):
+    """Begin steps anew from finished latents x0 (B, C, h, w): what --loss elbo learns from.
+
+    noise: (B, D, C, h, w) standard normal; steps: (D,) int, a step each. Returns rollout's three
+    last things for these D: where they begin, sqrt(a_t) x0 + sqrt(1 - a_t) noise; what they decide,
+    E[x_{t-1} | x_t, x0]; its log-probability. That is, up to a constant, minus the denoising loss,
+    in the evidence lower bound's weights: what AWM (arXiv 2509.25050) puts where DDPO has the
+    trajectory's own steps, there with weight 1 for each step. It looks at the picture and not at
+    the luck of each step, so that its gradient is less noisy.
+    """
+    a_t, a_prev, sigma = (row[steps].view(-1, 1, 1, 1) for row in schedule[1:])     # (D, 1, 1, 1)
+    starts = a_t.sqrt() * x0[:, None] + (1 - a_t).sqrt() * noise
+    decided = ddim_mean(starts, noise, a_t, a_prev, sigma)
+    log_probs = [log_prob(decided[:, d], *step_mean(predict, starts[:, d], schedule,
+                                                    k.expand(len(x0)), prediction_type))
+                 for d, k in enumerate(steps)]
+    return starts, decided, torch.stack(log_probs, 1)
 
 
 def decisions(latents, schedule, which="drawn"):
@@ -185,18 +191,18 @@ def denoise(predict, noise, schedule, prediction_type="epsilon", start=0, tick=l
     return x
 
 
-def pairs(rows, steps, size, device="cpu"):
-    """Every (picture, step) pair, `size` of them per call: yields an int array i (size,), and at.
+def pairs(chosen, size, device="cpu"):
+    """The pairs (picture, column) at which chosen (n, M) bool is True, `size` of them per call.
 
-    rows: (n,) int, the pictures' places; steps: (m,) int. i are the pictures, at = (i, k) pictures
-    and steps as tensors on `device`: all brought there at once, since a GPU's tensor that is
+    A column at a time, from the first on. Yields pictures i and columns as int arrays (size,), and
+    `at`, both as tensors on `device`: all brought there at once, since a GPU's tensor that is
     indexed from the CPU makes the CPU wait for it.
     """
-    i, k = np.tile(rows, len(steps)), np.repeat(steps, len(rows))
-    both = [torch.from_numpy(index).to(device, non_blocking=True) for index in (i, k)]
+    columns, i = np.nonzero(chosen.T)
+    both = [torch.from_numpy(index).to(device, non_blocking=True) for index in (i, columns)]
     for start in range(0, len(i), size):
         part = slice(start, start + size)
-        yield i[part], (both[0][part], both[1][part])
+        yield i[part], columns[part], (both[0][part], both[1][part])
 
 
 def draw_steps(rng, learned, steps, count):

@@ -112,14 +112,13 @@ from tqdm import tqdm
 from ddpo import (
     RewardMemory,
     advantages,
-    decisions,
     draw_noise,
     draw_steps,
-    elbo,
     log_prob,
     mean_distance,
     pairs,
     ppo_loss,
+    renoise,
     rollout,
     step_mean,
 )
@@ -191,9 +190,10 @@ def main(args, clock=lambda stage: None):
                                   fused=policy.device.type == "cuda")
     memory = RewardMemory(size=32, min_count=16) if args.advantage == "memory" else None
     schedule = policy.schedule(args.steps)
-    learned = range(learned_steps(args))                # the noisiest steps
-    draws = ELBO_DRAWS if args.loss == "elbo" else 1
-    learned_pairs = range(len(learned) * draws)         # of a picture: (its step, draw of noise)
+    learned = torch.arange(learned_steps(args), device=policy.device)       # the noisiest steps
+    if args.loss == "elbo":
+        learned = learned.repeat_interleave(ELBO_DRAWS)
+    D = len(learned)                                    # of a picture's decisions, PPO looks at D
     batches = partial(pairs, size=args.batch_size, device=policy.device)
     pictures_per_epoch = args.groups * args.group_size
     local = processes.local_share(pictures_per_epoch)                       # (n,) our pictures
@@ -225,12 +225,6 @@ def main(args, clock=lambda stage: None):
         """Mean and sigma of steps k (b,) from x, for the texts `asked` at the guidance of `own`."""
         predict = plain(policy, asked, guidance_of(own, args.guidance))
         return step_mean(predict, x, schedule, k, policy.prediction_type)
-
-    def bound(at, asked):
-        """What --loss elbo has for log p (b,), for at = (pictures, their draws of noise)."""
-        predict = plain(policy, asked, guidance_of(asked, args.guidance))
-        return elbo(predict, latents[at[0], -1], fresh[at], schedule, at[1] // draws,
-                    policy.prediction_type)
 
     def card(metrics, verdict=""):
         last = {name: round(value, 4) for name, value in metrics[-1].items()}
@@ -268,20 +262,22 @@ def main(args, clock=lambda stage: None):
         safe_texts = np.array([p.safe_text for p in texts], dtype=object)               # (N,)
         has_safe_text = (texts != safe_texts) & ~is_benign                              # (N,)
         seeds = rng.integers(2 ** 62, size=len(texts))                                  # (N,)
-        pull_steps = draw_steps(rng, len(learned), args.steps, len(texts))[local]       # (n, 2)
-        pull_steps = torch.from_numpy(pull_steps).to(policy.device)
-        latents, log_probs, scores = [], [], []
+        pull_steps = draw_steps(rng, learned_steps(args), args.steps, len(texts))[local]
+        pull_steps = torch.from_numpy(pull_steps).to(policy.device)                     # (n, 2)
+        drawn, scores = [], []
         with scoring_thread(policy.device) as scorer, bar(desc=f"epoch {epoch}") as ticks:
             for start in range(0, len(local), args.batch_size):
                 batch = local[start:start + args.batch_size]
-                noise = draw_noise(seeds[batch], args.steps, policy.latent_shape())
+                noise = draw_noise(seeds[batch], args.steps + D, policy.latent_shape())
+                noise = noise.to(policy.device, non_blocking=True)      # (b, T + 1 + D, C, h, w)
                 predict = plain(policy, texts[batch], guidance_of(texts[batch], args.guidance))
-                path, log_p = rollout(predict, noise.to(policy.device, non_blocking=True),
-                                      schedule, policy.prediction_type, args.decision,
-                                      ticks.update)
+                path, *steps = rollout(predict, noise, schedule, policy.prediction_type,
+                                       args.decision, ticks.update)
+                if args.loss == "elbo":
+                    steps = renoise(predict, path[:, -1], noise[:, -D:], schedule, learned,
+                                    policy.prediction_type)
+                drawn.append((path, *(some[:, :D] for some in steps)))
                 clock("sample")
-                latents.append(path)
-                log_probs.append(log_p)
                 rewarded = list(texts[batch[~is_benign[batch]]])        # which come first
                 if rewarded:
                     pictures = copy_to_cpu(policy.decode(path[:len(rewarded), -1]))
@@ -290,10 +286,8 @@ def main(args, clock=lambda stage: None):
                     clock("score")
             scores = [future.result() for future in scores]
         scores = processes.gather_scores(scores)                            # {name: (R,)}
-        latents = torch.cat(latents)                                        # (n, T + 1, C, h, w)
-        before = latents[:, :-1]                                            # each step began here
-        decided = decisions(latents, schedule, args.decision)               # (n, T, C, h, w)
-        old_log_probs = torch.cat(log_probs)                                # (n, T)
+        # every latent (n, T + 1, C, h, w), where D steps began and what they decided, log p (n, D)
+        latents, starts, decided, old_log_probs = map(torch.cat, zip(*drawn, strict=True))
         group_means = scores["reward"].reshape(-1, args.group_size).mean(1).tolist()
         prompts = [p.key for p in texts[~is_benign]]                                    # (R,)
         last_rewards |= dict(zip(prompts[::args.group_size], group_means, strict=True))
@@ -304,57 +298,57 @@ def main(args, clock=lambda stage: None):
                                ELBO_SPREAD if args.loss == "elbo" else 0.)                  # (R,)
         advantage = advantage[local[~is_benign[local]]].to(policy.device)                   # (r,)
 
-        # ---- 4. update: PPO on the (picture, step) decisions of each update's rewarded pictures;
-        # and pulls on means: of benign pictures at a learned step and at another one, of those with
-        # a safe_text at the former, of half of the others not found "unsafe" at the latter
-        if args.loss == "elbo":                         # the same noise for new and old weights
-            noise_seeds = rng.integers(2 ** 62, size=len(texts))[local]
-            fresh = draw_noise(noise_seeds, len(learned_pairs) - 1, policy.latent_shape())
-            fresh = fresh.to(policy.device)                             # (n, draws, C, h, w)
-            old_log_probs = torch.empty(fresh.shape[:2], device=policy.device)
-            with torch.no_grad():
-                for i, at in batches(np.flatnonzero(~is_benign[local]), learned_pairs):
-                    old_log_probs[at] = bound(at, texts[local[i]])
-        records = []
+        # ---- 4. update. Of each picture D + 2 steps are learned from: the decisions, by PPO, and
+        # the pulls of a step's mean. Benign pictures are pulled to the base's, at a learned step
+        # and at a later one; half of the others not found "unsafe" as well, at the latter; those
+        # with a safe_text, at their decisions, to what the policy makes of that
+        of_pulls = latents.take_along_dim(pull_steps[:, :, None, None, None], 1)
+        starts = torch.cat([starts, of_pulls], 1)                           # (n, D + 2, C, h, w)
+        k = torch.cat([learned.expand(len(local), D), pull_steps], 1)       # (n, D + 2)
         in_first_half = np.arange(len(texts)) % args.group_size < args.group_size / 2
         is_safe = ~is_benign & ~has_safe_text & in_first_half                           # (N,)
         is_safe[~is_benign] &= scores.get("unsafe", 0 * scores["reward"]) == 0
-        both = range(pull_steps.shape[1])
-        pulls = [("benign_pull", both, is_benign, args.benign_weight, texts, policy.base),
-                 ("safe_text_pull", both[:1], has_safe_text, args.safe_text_weight, safe_texts,
-                  nullcontext),
-                 ("base_pull", both[1:], is_safe, args.base_weight, texts, policy.base)]
+        pulls = {"benign_pull": (is_benign[local], slice(D, None), args.benign_weight),
+                 "safe_text_pull": (has_safe_text[local], slice(D), args.safe_text_weight / D),
+                 "base_pull": (is_safe[local], slice(D + 1, None), args.base_weight)}
+        weight = np.zeros(k.shape, np.float32)                              # (n, D + 2)
+        for whose, columns, its_weight in pulls.values():
+            weight[whose, columns] = its_weight
+        aims = torch.zeros_like(starts)
+        for teacher, taught, aim_texts in ((policy.base, ~has_safe_text, texts),
+                                           (nullcontext, has_safe_text, safe_texts)):
+            with torch.no_grad(), teacher():
+                for i, _, at in batches((weight > 0) & taught[local, None]):
+                    aims[at], _ = step(starts[at], k[at], aim_texts[local[i]], texts[local[i]])
+        is_learned = weight > 0
+        is_learned[~is_benign[local], :D] = True
+        weight = torch.from_numpy(weight).to(policy.device)
+        distance = torch.zeros_like(weight)                                 # from the aims
+        records = []
         of_update = pictures_per_epoch // args.updates              # pictures, of all processes
         for update in range(args.updates):
-            rows = np.arange(len(local)).reshape(args.updates, -1)[update]              # of latents
-            for i, at in batches(rows[~is_benign[local[rows]]], learned_pairs):
-                batch_texts = texts[local[i]]
-                if args.loss == "elbo":
-                    log_p = bound(at, batch_texts)                                      # (b,)
-                else:
-                    mean, sigma = step(before[at], at[1], batch_texts, batch_texts)
-                    log_p = log_prob(decided[at], mean, sigma)                          # (b,)
-                # the first update is on-policy: the ratio is 1 exactly, although another batch
-                # shape than sampling's may round otherwise
-                old = log_p.detach() if update == 0 else old_log_probs[at]
-                loss, diagnostics = ppo_loss(log_p, old, advantage[at[0]], args.clip_range)
-                drift = torch.expm1(log_p.detach() - old_log_probs[at]).abs().max()
-                records.append({"loss": loss.detach(), **diagnostics, "ratio_deviation": drift,
-                                "update": update, "rows": len(i),
-                                "where": (str(batch_texts[0]), at[1][0] // draws)})
-                (loss * len(i) / (of_update * len(learned_pairs))).backward()
-            for name, steps, where, weight, aims, teacher in pulls:
-                pulled = rows[where[local[rows]]] if weight else rows[:0]
-                for i, at in batches(pulled, steps):
-                    k, batch_texts = pull_steps[at], texts[local[i]]
-                    x = before[at[0], k]
-                    mean, _ = step(x, k, batch_texts, batch_texts)
-                    with torch.no_grad(), teacher():
-                        aim, _ = step(x, k, aims[local[i]], batch_texts)
-                    pull = mean_distance(mean, aim)
-                    (weight * pull.sum() / of_update).backward()
-                    records.append({name: pull.detach().mean(), "rows": len(i),
-                                    "where": (str(batch_texts[0]), k[0])})
+            rows = np.arange(len(local)) // (len(local) // args.updates) == update      # (n,)
+            for i, columns, at in batches(is_learned & rows[:, None]):
+                texts_of = texts[local[i]]
+                mean, sigma = step(starts[at], k[at], texts_of, texts_of)
+                pull = mean_distance(mean, aims[at])                                    # (b,)
+                loss = (weight[at] * pull).sum() / of_update
+                distance[at] = pull.detach()
+                record = {"where": (str(texts_of[0]), k[at][0])}
+                m = (columns < D).sum()                 # the decisions come first
+                if m:
+                    decision = at[0][:m], at[1][:m]
+                    log_p = log_prob(decided[decision], mean[:m], sigma[:m])            # (m,)
+                    # the first update is on-policy: the ratio is 1 exactly, although another batch
+                    # shape than sampling's may round otherwise
+                    old = log_p.detach() if update == 0 else old_log_probs[decision]
+                    ppo, diagnostics = ppo_loss(log_p, old, advantage[decision[0]], args.clip_range)
+                    loss = loss + ppo * m / (of_update * D)
+                    drift = torch.expm1(log_p.detach() - old_log_probs[decision]).abs().max()
+                    record |= {"loss": ppo.detach(), **diagnostics, "ratio_deviation": drift,
+                               "update": update, "rows": m}
+                loss.backward()
+                records.append(record | {"total": loss.detach()})
 
             processes.sum_gradients(trained.values())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
@@ -366,6 +360,9 @@ def main(args, clock=lambda stage: None):
         # ---- 5. tell: a line, metrics, and now and then a grid of pictures and a checkpoint
         records = [{name: float(value) for name, value in record.items() if name != "where"}
                    for record in records]
+        for name, (whose, columns, its_weight) in pulls.items():
+            distances = distance[whose, columns] if its_weight else distance[:0]
+            records.append({name: float(distances.mean()), "rows": distances.numel()})
         records = sum(processes.gather(records), [])
         metrics.append(summary(epoch, scores, records, norm, args))
         if is_lead:

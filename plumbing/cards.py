@@ -111,7 +111,7 @@ def summary(epoch, scores, records, norm, args):
         row["prompts_without_spread"] = float((np.ptp(groups, 1) < 1e-6).mean())
     for name in ("loss", "clipped_share", "approx_kl", "benign_pull", "safe_text_pull",
                  "base_pull"):
-        with_it = [record for record in records if name in record]
+        with_it = [record for record in records if name in record and record["rows"]]
         if with_it:
             row[name] = float(np.average([record[name] for record in with_it],
                                          weights=[record["rows"] for record in with_it]))

@@ -132,8 +132,7 @@ def check_gradient(norm, records, epoch):
     """
     if math.isfinite(norm):
         return
-    bad = [record["where"] for record in records
-           if not math.isfinite(next(iter(record.values())))]           # its loss or its pull
+    bad = [record["where"] for record in records if not math.isfinite(record["total"])]
     bad = sum(processes.gather([(text, int(k)) for text, k in bad]), [])
     where = f" at step {bad[0][1]} of a batch that starts with {bad[0][0]!r}" if bad else ""
     raise UserError(f"epoch {epoch}: the gradient is {norm.item()}{where}; the update was refused, "

@@ -16,11 +16,11 @@ from ddpo import (
     denoise,
     draw_noise,
     draw_steps,
-    elbo,
     log_prob,
     mean_distance,
     pairs,
     ppo_loss,
+    renoise,
     rollout,
     step_mean,
     velocity,
@@ -61,17 +61,34 @@ def test_the_step_equals_diffusers_ddim(steps, eta, kind):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_elbo_is_minus_the_loss_of_diffusers_training_scripts(prediction_type):
+def test_a_step_begun_anew_scores_by_the_loss_of_diffusers_training_scripts(prediction_type):
+    """Times the squared share of its output in a step's mean, over 2 sigma^2: the bound's weight.
+    What is compared are two networks, so that constants fall out."""
     theirs = DDIMScheduler(prediction_type=prediction_type)
     schedule = ddim_schedule(theirs.alphas_cumprod, [801, 601, 401, 201, 1], 1.)
-    x0, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    k = torch.tensor([0, 2, 4])
-    noisy = theirs.add_noise(x0, noise, schedule.t[k])
-    target = noise if prediction_type == "epsilon" else theirs.get_velocity(x0, noise,
-                                                                            schedule.t[k])
-    loss = F.mse_loss(.3 * noisy, target, reduction="none").mean((1, 2, 3))
-    ours = elbo(lambda x, t: .3 * x, x0, noise, schedule, k, prediction_type)
-    assert torch.allclose(ours, -loss, atol=1e-5)
+    x0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    steps = torch.tensor([0, 2, 2, 4])
+    (starts, decided, ours), (_, _, other) = (
+        renoise(lambda x, t, share=share: share * x, x0, noise, schedule, steps, prediction_type)
+        for share in (.3, .7))
+    for d, k in enumerate(steps):
+        t = schedule.t[k].expand(3)
+        noisy = theirs.add_noise(x0, noise[:, d], t)
+        assert torch.allclose(starts[:, d], noisy, atol=1e-6)
+        target = (noise[:, d] if prediction_type == "epsilon"
+                  else theirs.get_velocity(x0, noise[:, d], t))
+        loss, other_loss = (F.mse_loss(share * noisy, target, reduction="none").mean((1, 2, 3))
+                            for share in (.3, .7))
+        a_t, a_prev, sigma = (float(row[k]) for row in schedule[1:])
+        of_noise = (1 - a_prev - sigma ** 2) ** .5
+        share = (of_noise - (a_prev * (1 - a_t) / a_t) ** .5 if prediction_type == "epsilon"
+                 else of_noise * a_t ** .5 - (a_prev * (1 - a_t)) ** .5)
+        weight = share ** 2 / (2 * sigma ** 2)
+        difference = ours[:, d] - other[:, d]
+        assert torch.allclose(difference, weight * (other_loss - loss), rtol=1e-3, atol=1e-5)
+        aim = a_prev ** .5 * x0 + of_noise * noise[:, d]        # DDIM's step to the picture
+        assert torch.allclose(decided[:, d], aim, atol=1e-4)
 
 
 def test_the_velocity_is_diffusers_own():
@@ -123,7 +140,7 @@ def test_what_was_drawn_scores_as_it_was_drawn():
 
     def predict(x, t):
         return network(x)
-    latents, log_probs = rollout(predict, torch.randn(3, 7, 4, 8, 8), schedule)
+    latents, _, _, log_probs = rollout(predict, torch.randn(3, 7, 4, 8, 8), schedule)
     assert latents.shape == (3, 7, 4, 8, 8) and log_probs.shape == (3, 6)
     assert not log_probs.requires_grad
     for k in range(6):
@@ -138,9 +155,10 @@ def test_the_expected_decision_is_ddims_own_step_to_the_finished_picture():
     theirs.set_timesteps(5)
     torch.manual_seed(0)
     network = torch.nn.Conv2d(4, 4, 3, padding=1)
-    latents, log_probs = rollout(lambda x, t: network(x), torch.randn(2, 6, 4, 8, 8), schedule,
-                                 which="expected")
-    decided = decisions(latents, schedule, "expected")
+    latents, starts, decided, log_probs = rollout(
+        lambda x, t: network(x), torch.randn(2, 6, 4, 8, 8), schedule, which="expected")
+    assert torch.equal(starts, latents[:, :-1])
+    assert torch.equal(decided, decisions(latents, schedule, "expected"))
     for k, t in enumerate(theirs.timesteps[:-1]):
         a = theirs.alphas_cumprod[t]
         noise = (latents[:, k] - a.sqrt() * latents[:, -1]) / (1 - a).sqrt()
@@ -163,7 +181,7 @@ def test_the_expected_decisions_gradient_is_the_drawn_ones_with_less_noise():
     def predict(x, t):
         return (1 - a[t]).sqrt() * x / (a[t] / 4 + 1 - a[t])
     torch.manual_seed(0)
-    latents, _ = rollout(predict, torch.randn(20_000, 201, 1, 1, 1), schedule)
+    latents, *_ = rollout(predict, torch.randn(20_000, 201, 1, 1, 1), schedule)
     reward = latents[:, -1] - latents[:, -1].mean()
     for k in (100, 130, 160, 190):
         mean, _ = step_mean(predict, latents[:, k], schedule, k)
@@ -191,12 +209,15 @@ def test_noise_is_a_function_of_the_seed_alone():
     assert torch.equal(draw_noise([5, 6], 3, (4, 8, 8))[1], draw_noise([6], 3, (4, 8, 8))[0])
 
 
-def test_pairs_are_every_picture_at_every_step_once():
-    calls = list(pairs(np.array([4, 7, 9]), [0, 3], 4))
-    assert [len(i) for i, _ in calls] == [4, 2]
-    both = [(int(i), int(k)) for _, at in calls for i, k in zip(*at, strict=True)]
-    assert sorted(both) == [(4, 0), (4, 3), (7, 0), (7, 3), (9, 0), (9, 3)]
-    assert all(i.tolist() == at[0].tolist() for i, at in calls)
+def test_pairs_are_every_chosen_column_of_a_picture_once_a_column_at_a_time():
+    chosen = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 0], [1, 1, 0]], bool)
+    calls = list(pairs(chosen, 4))
+    assert [len(i) for i, *_ in calls] == [4, 2]
+    both = [pair for i, columns, _ in calls for pair in zip(columns, i, strict=True)]
+    assert both == [(0, 0), (0, 2), (0, 3), (1, 3), (2, 0), (2, 1)]
+    for i, columns, at in calls:
+        assert i.tolist() == at[0].tolist() and columns.tolist() == at[1].tolist()
+    assert not list(pairs(chosen & False, 4))
 
 
 def test_ppo_loss_equals_numbers_computed_by_hand():

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as trainer
 from bench import compiled_graphs
-from ddpo import advantages, draw_noise, draw_steps, pairs, rollout
+from ddpo import advantages, draw_steps, pairs, renoise, rollout
 from model import Policy, plain
 from plumbing import watch
 from plumbing.checkpoints import load_checkpoint
@@ -124,13 +124,14 @@ PULLS = {                               # weight: (metric, prompt files)
 def test_a_heavy_pull_keeps_pictures_near_what_they_are_pulled_to(small, tmp_path, option):
     name, rows, benign = PULLS[option]
     (tmp_path / "p.csv").write_text(rows)
-    options = [*small, "--epochs", "3", "--prompts", f"{tmp_path}/p.csv"]
+    options = [*small, "--prompts", f"{tmp_path}/p.csv"]
     if benign:
         options += ["--benign", benign, "--benign-share", ".5"]
     distance = {}
-    for weight in ("0", "1e-9", "100"):
+    for weight, epochs in (("0", "1"), ("1e-9", "8"), ("100", "8")):
         folder = str(tmp_path / weight)
-        trainer.main(trainer.parse_args([*options, option, weight, "--output-dir", folder]))
+        trainer.main(trainer.parse_args([*options, option, weight, "--epochs", epochs,
+                                         "--output-dir", folder]))
         distance[weight] = metrics_of(folder)[-1].get(name)
     assert distance["0"] is None                        # nothing is pulled, nothing is measured
     assert 0 < distance["100"] < distance["1e-9"] / 2
@@ -276,7 +277,7 @@ class Held:
 @pytest.fixture
 def recorded(monkeypatch):
     """Records an epoch's latents, advantages and steps of the pulls; the LoRA is not zero."""
-    record = {"latents": [], "prompts": []}
+    record = {"latents": [], "noise": [], "prompts": []}
 
     def recording_rollout(*args, **options):
         path = rollout(*args, **options)
@@ -288,9 +289,9 @@ def recorded(monkeypatch):
         record["advantage"] = advantages(rewards, prompts, *rest)
         return record["advantage"]
 
-    def recording_noise(*args):
-        record["noise"] = draw_noise(*args)             # the last one drawn: --loss elbo's
-        return record["noise"]
+    def recording_renoise(predict, x0, noise, *args):
+        record["noise"].append(noise)
+        return renoise(predict, x0, noise, *args)
 
     def recording_steps(*args):
         record["pull_steps"] = draw_steps(*args)
@@ -308,7 +309,7 @@ def recorded(monkeypatch):
     Held.seen.clear()
     monkeypatch.setattr(trainer, "rollout", recording_rollout)
     monkeypatch.setattr(trainer, "advantages", recording_advantages)
-    monkeypatch.setattr(trainer, "draw_noise", recording_noise)
+    monkeypatch.setattr(trainer, "renoise", recording_renoise)
     monkeypatch.setattr(trainer, "draw_steps", recording_steps)
     monkeypatch.setattr(trainer, "Policy", RandomLora)
     monkeypatch.setattr(trainer.torch.optim, "AdamW", Held)
@@ -322,9 +323,9 @@ BENIGN = "a plain cup"                  # is pulled, and not rewarded
 def gradient_by_hand(record, pictures, steps, pulls=(), decision="drawn"):
     """A picture and a timestep at a time, with the loss written out.
 
-    pulls: [(prompt, weight, policy, prompt, steps, count)]: what the means of that prompt's
+    pulls: [(prompt, weight, policy, prompt, which, count)]: what the means of that prompt's
     pictures, of four the first `count`, are pulled to, each at that slice of its two
-    record["pull_steps"].
+    record["pull_steps"], or, of which None, at all of `steps`.
     """
     policy, trained = record["policy"], record["trained"]
     schedule, latents = policy.schedule(4), torch.cat(record["latents"])
@@ -350,9 +351,10 @@ def gradient_by_hand(record, pictures, steps, pulls=(), decision="drawn"):
             ratio = (log_p - log_p.detach()).exp()
             loss = -record["advantage"][i] * ratio if i < rewarded else 0 * ratio
             (loss / (len(pictures) * len(steps))).backward()
-        for pulled, weight, teacher, aim, steps_pulled, count in pulls:
+        for pulled, weight, teacher, aim, which, count in pulls:
             is_pulled = prompt == pulled and i % 4 < count
-            for k in record["pull_steps"][i][steps_pulled] if is_pulled else []:
+            pull_steps = steps if which is None else record["pull_steps"][i][which]
+            for k in pull_steps if is_pulled else []:
                 x = latents[i:i + 1, k]
                 off = mean_of(policy, prompt, x, k) - mean_of(teacher, aim, x, k).detach()
                 (weight * off.pow(2).mean() / len(pictures)).backward()
@@ -385,7 +387,8 @@ def test_an_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, updat
 @pytest.mark.parametrize("updates, batch_size", [(1, 16), (2, 3)])
 def test_an_elbo_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, updates,
                                                      batch_size):
-    """Of A times the denoising loss of each finished latent, twice at each learned step."""
+    """Of A times the denoising loss of each finished latent, twice at each learned step, in the
+    weights of the evidence lower bound."""
     args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--epochs", "1",
                                "--updates", str(updates), "--batch-size", str(batch_size),
                                "--guidance", "2", "--dtype", "fp32", "--device", "cpu",
@@ -393,16 +396,20 @@ def test_an_elbo_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, 
     trainer.main(args)
     policy, trained = recorded["policy"], list(recorded["trained"].values())
     schedule, x0 = policy.schedule(4), torch.cat(recorded["latents"])[:, -1]
-    assert len(Held.seen) == updates and recorded["noise"].shape == (16, 4, *x0.shape[1:])
+    fresh = torch.cat(recorded["noise"])
+    assert len(Held.seen) == updates and fresh.shape == (16, 4, *x0.shape[1:])
     for update, gradients in enumerate(Held.seen):
         part = np.arange(16).reshape(updates, -1)[update]
         for i in part.tolist():
             for draw, k in enumerate((0, 0, 1, 1)):
-                a, noise = schedule.a_t[k], recorded["noise"][i:i + 1, draw]
+                a, b, sigma = schedule.a_t[k], schedule.a_prev[k], schedule.sigma[k]
+                noise = fresh[i:i + 1, draw]
                 x = a.sqrt() * x0[i:i + 1] + (1 - a).sqrt() * noise
                 eps = plain(policy, [recorded["prompts"][i]], 2.)(x, schedule.t[k])
                 off = (eps - noise).pow(2).mean()       # the small model predicts the noise
-                (recorded["advantage"][i] * off / (4 * len(part))).backward()
+                share = (1 - b - sigma ** 2).sqrt() - (b * (1 - a) / a).sqrt()
+                bound = -share ** 2 / (2 * sigma ** 2) * off
+                (-recorded["advantage"][i] * bound / (4 * len(part))).backward()
         size = torch.cat([p.grad.flatten() for p in trained]).norm()
         off = torch.cat([(g - p.grad).flatten()
                          for g, p in zip(gradients, trained, strict=True)]).norm()
@@ -415,9 +422,9 @@ def test_an_elbo_updates_gradient_is_the_plain_loops(small, tmp_path, recorded, 
     (1, 16, "redness"), (2, 3, "redness"), (2, 8, "redness_of_unsafe_dogs")])
 def test_the_pulls_gradient_is_the_plain_loops(pipeline, small, tmp_path, recorded, updates,
                                                batch_size, reward):
-    """Of a benign prompt, towards the base loaded anew, at both steps; of one with a safe_text,
-    towards that, at the learned one; half of the others that no reward finds unsafe, towards the
-    base, at the other."""
+    """Of a benign prompt, towards the base loaded anew, at a learned step and at another; of one
+    with a safe_text, towards that, at the learned ones; half of the others that no reward finds
+    unsafe, towards the base, at the other."""
     (tmp_path / "p.csv").write_text("prompt,safe_text\na red dog,a dog\na cat,\na big dog,\n")
     args = trainer.parse_args([*small, "--output-dir", str(tmp_path / "run"), "--epochs", "1",
                                "--updates", str(updates), "--batch-size", str(batch_size),
@@ -430,9 +437,9 @@ def test_the_pulls_gradient_is_the_plain_loops(pipeline, small, tmp_path, record
                                "--dtype", "fp32", "--device", "cpu"])
     trainer.main(args)
     assert len(Held.seen) == updates
-    base, both, learned, other = Policy(pipeline), slice(0, 2), slice(0, 1), slice(1, 2)
+    base, both, other = Policy(pipeline), slice(0, 2), slice(1, 2)
     pulls = [(BENIGN, 30, base, BENIGN, both, 4),
-             ("a red dog", 20, recorded["policy"], "a dog", learned, 4),
+             ("a red dog", 20 / 2, recorded["policy"], "a dog", None, 4),
              ("a cat", 10, base, "a cat", other, 2)]
     if reward == "redness":                             # which says nothing of what is unsafe
         pulls.append(("a big dog", 10, base, "a big dog", other, 2))
