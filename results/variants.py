@@ -1,6 +1,6 @@
 """A table and a figure of variants of the training: means and ranges over seeds, on validation.
 
-    for weight in 0 .2 .45 1; do for seed in 0 1 2; do
+    for weight in 0 .15 .3 .6; do for seed in 0 1 2; do
         python train.py --held-out --clip-weight $weight --seed $seed \\
             --output-dir "out/clip_weight/$weight seed $seed"
     done; done
