@@ -3,7 +3,7 @@
     python train.py                                     # the embedded world, minutes on a laptop
     python train.py --model CompVis/stable-diffusion-v1-4 --prompts i2p.csv --category sexual \
         --benign coco.csv --output-dir out/sd14         # Stable Diffusion, with its own settings
-    torchrun --nproc-per-node 2 train.py --batch-size 16
+    torchrun --nproc-per-node 2 train.py --output-dir out/two
 
 After ShieldDiff (arXiv 2410.05309). Each epoch: sample pictures, score them, compare each with its
 prompt's others, update the policy by PPO on the denoising steps, with benign pictures pulled
