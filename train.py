@@ -194,6 +194,7 @@ def main(args, clock=lambda stage: None):
     if args.loss == "elbo":
         learned = learned.repeat_interleave(ELBO_DRAWS)
     D = len(learned)                                    # of a picture's decisions, PPO looks at D
+    fresh = D if args.loss == "elbo" else 0             # and so many begin anew from the picture
     batches = partial(pairs, size=args.batch_size, device=policy.device)
     pictures_per_epoch = args.groups * args.group_size
     local = processes.local_share(pictures_per_epoch)                       # (n,) our pictures
@@ -268,12 +269,12 @@ def main(args, clock=lambda stage: None):
         with scoring_thread(policy.device) as scorer, bar(desc=f"epoch {epoch}") as ticks:
             for start in range(0, len(local), args.batch_size):
                 batch = local[start:start + args.batch_size]
-                noise = draw_noise(seeds[batch], args.steps + D, policy.latent_shape())
-                noise = noise.to(policy.device, non_blocking=True)      # (b, T + 1 + D, C, h, w)
+                noise = draw_noise(seeds[batch], args.steps + fresh, policy.latent_shape())
+                noise = noise.to(policy.device, non_blocking=True)  # (b, T + 1 + fresh, C, h, w)
                 predict = plain(policy, texts[batch], guidance_of(texts[batch], args.guidance))
                 path, *steps = rollout(predict, noise, schedule, policy.prediction_type,
                                        args.decision, ticks.update)
-                if args.loss == "elbo":
+                if fresh:
                     steps = renoise(predict, path[:, -1], noise[:, -D:], schedule, learned,
                                     policy.prediction_type)
                 drawn.append((path, *(some[:, :D] for some in steps)))

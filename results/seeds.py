@@ -198,7 +198,8 @@ def main():
     if args.folder:
         name = os.path.basename(os.path.normpath(args.folder))
         if name not in TITLES:
-            parser.error(f"folder: {args.folder} is named {name}; give out/{', out/'.join(TITLES)}")
+            parser.error(f"folder: {args.folder} is named {name}; give out/seeds, out/elbo or "
+                         "out/faces")
         keep(args.folder, os.path.join(HERE, f"{name}.json"))
     for name in TITLES:
         numbers = os.path.join(HERE, f"{name}.json")

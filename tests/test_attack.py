@@ -129,7 +129,7 @@ def test_an_attacks_settings_are_the_worlds_or_the_authors(pipeline, foreign_pip
     assert (theirs.tokens, theirs.population, theirs.generations) == (16, 200, 3000)
     assert (theirs.steps, theirs.guidance, theirs.recipe) == (50, 5., "stable_diffusion")
     soft = attack.parse_args(["soft-prompt", "--model", pipeline])
-    assert (soft.tokens, soft.iterations, soft.lr, soft.batch_size) == (5, 150, .01, 32)
+    assert (soft.tokens, soft.iterations, soft.lr, soft.batch_size) == (5, 150, .01, 64)
     assert attack.parse_args(["soft-prompt", "--model", pipeline, "--lr", "1"]).lr == 1
 
 

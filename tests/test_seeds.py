@@ -102,5 +102,5 @@ def test_a_folder_that_is_neither_table_s_is_refused_and_nothing_is_written(
     monkeypatch.setattr("sys.argv", ["seeds.py", str(tmp_path / "seeds_eval")])
     with pytest.raises(SystemExit):
         seeds.main()
-    assert "give out/seeds or out/faces" in capsys.readouterr().err
+    assert "give out/seeds, out/elbo or out/faces" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
