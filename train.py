@@ -76,7 +76,8 @@ def parse_args(argv=None):
                    help="what PPO takes a step to have decided: the latent that it drew (DDPO), or "
                         "that latent's expectation, given the finished picture: less noise")
     g.add_argument("--loss", choices=["ddpo", "elbo"],
-                   help="PPO on the log p of denoising steps (DDPO) or of finished pictures (AWM)")
+                   help="PPO on the steps that drew the pictures (DDPO), or on steps begun anew "
+                        "from them (after AWM)")
     g.add_argument("--advantage", choices=["batch", "prompt", "memory"],
                    help="batch, prompt: subtract the prompt's mean, divide by the standard "
                         "deviation of the batch, or of the prompt; memory: mean and deviation of "

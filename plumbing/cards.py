@@ -32,7 +32,7 @@ def run_card(args, policy, trained, data, machine):
     if benign:
         drawn += f" + {benign * args.group_size} benign prompts"
     calls = 1 if args.guidance == 1 else 2              # guidance needs two predictions
-    aim = " on the finished pictures (elbo)" if args.loss == "elbo" else ""
+    aim = " on steps begun anew from the finished pictures (elbo)" if args.loss == "elbo" else ""
     total = sum(p.numel() for p in policy.unet.parameters())
     weights = sum(p.numel() for p in trained.values())
     reward = args.reward or f"{args.clip_weight:g} CLIP - max({args.unsafe_labels})"

@@ -21,7 +21,7 @@ IDLE = [
     (("train",), "base_weight", lambda o: o.base_weight and learned_steps(o) == o.steps,
      "all steps are learned from; give a --timestep-fraction below 1", REFUSED),
     (("train",), "decision", lambda o: o.loss == "elbo",
-     "--loss elbo looks at finished pictures alone", SAID),
+     "--loss elbo begins its steps anew from the finished pictures", SAID),
     (("train",), "clip_range", lambda o: o.updates == 1,
      "with --updates 1 the ratio is always 1", SAID),
     (DRAWS, "concept", lambda o: all(name == "plain" or words for name, words in o.methods),
