@@ -115,9 +115,9 @@ def rollout(predict, noise, schedule, prediction_type="epsilon", which="drawn", 
     """Denoise, remembering every decision.
 
     noise: (B, T + 1 or more, C, h, w) standard normal; [:, 0] is the start, [:, k + 1] the noise of
-    step k. Returns latents (B, T + 1, C, h, w), the last of them the picture's; and of each step
-    where it began (B, T, C, h, w), its `decisions`, drawn or expected, as large, and their
-    log-probabilities (B, T). Raises ValueError for a schedule without noise (eta 0).
+    step k. Returns latents (B, T + 1, C, h, w), the last of them the picture's, and the
+    log-probabilities of the steps' `decisions`, drawn or expected, (B, T). Raises ValueError for a
+    schedule without noise (eta 0).
     """
     if not (schedule.sigma > 0).all():
         raise ValueError("a step without noise has no log-probability; give eta above 0")
@@ -132,17 +132,17 @@ def rollout(predict, noise, schedule, prediction_type="epsilon", which="drawn", 
     latents = torch.stack(latents, 1)
     decided = decisions(latents, schedule, which)
     log_probs = [log_prob(decided[:, k], mean, schedule.sigma[k]) for k, mean in enumerate(means)]
-    return latents, latents[:, :-1], decided, torch.stack(log_probs, 1)
+    return latents, torch.stack(log_probs, 1)
 
 
 @torch.no_grad()
 def renoise(predict, x0, noise, schedule, steps, prediction_type="epsilon"):
     """Begin steps anew from finished latents x0 (B, C, h, w): what --loss elbo learns from.
 
-    noise: (B, D, C, h, w) standard normal; steps: (D,) int, a step each. Returns rollout's three
-    last things for these D: where they begin, sqrt(a_t) x0 + sqrt(1 - a_t) noise; what they decide,
-    E[x_{t-1} | x_t, x0]; its log-probability. That is, up to a constant, minus the denoising loss,
-    in the evidence lower bound's weights: what AWM (arXiv 2509.25050) puts where DDPO has the
+    noise: (B, D, C, h, w) standard normal; steps: (D,) int, a step each. Returns of these D where
+    they begin, sqrt(a_t) x0 + sqrt(1 - a_t) noise; what they decide, E[x_{t-1} | x_t, x0], both
+    (B, D, C, h, w); and its log-probability (B, D). That is, up to a constant, minus the denoising
+    loss, in the evidence lower bound's weights: what AWM (arXiv 2509.25050) puts where DDPO has the
     trajectory's own steps, there with weight 1 for each step. It looks at the picture and not at
     the luck of each step, so that its gradient is less noisy.
     """

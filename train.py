@@ -113,6 +113,7 @@ from tqdm import tqdm
 from ddpo import (
     RewardMemory,
     advantages,
+    decisions,
     draw_noise,
     draw_steps,
     log_prob,
@@ -273,12 +274,14 @@ def main(args, clock=lambda stage: None):
                 noise = draw_noise(seeds[batch], args.steps + fresh, policy.latent_shape())
                 noise = noise.to(policy.device, non_blocking=True)  # (b, T + 1 + fresh, C, h, w)
                 predict = plain(policy, texts[batch], guidance_of(texts[batch], args.guidance))
-                path, *steps = rollout(predict, noise, schedule, policy.prediction_type,
-                                       args.decision, ticks.update)
+                path, log_probs = rollout(predict, noise, schedule, policy.prediction_type,
+                                          args.decision, ticks.update)
+                decided = []
                 if fresh:
-                    steps = renoise(predict, path[:, -1], noise[:, -D:], schedule, learned,
-                                    policy.prediction_type)
-                drawn.append((path, *(some[:, :D] for some in steps)))
+                    begun, *decided, log_probs = renoise(predict, path[:, -1], noise[:, -D:],
+                                                         schedule, learned, policy.prediction_type)
+                    path = torch.cat([begun, path], 1)
+                drawn.append((path, log_probs[:, :D], *decided))
                 clock("sample")
                 rewarded = list(texts[batch[~is_benign[batch]]])        # which come first
                 if rewarded:
@@ -288,8 +291,11 @@ def main(args, clock=lambda stage: None):
                     clock("score")
             scores = [future.result() for future in scores]
         scores = processes.gather_scores(scores)                            # {name: (R,)}
-        # every latent (n, T + 1, C, h, w), where D steps began and what they decided, log p (n, D)
-        latents, starts, decided, old_log_probs = map(torch.cat, zip(*drawn, strict=True))
+        # latents (n, fresh + T + 1, C, h, w), of which D steps begin at the first D; their log p
+        # (n, D); what each has decided, as a latent
+        latents, old_log_probs, *decided = map(torch.cat, zip(*drawn, strict=True))
+        decided = decided[0] if fresh else decisions(latents, schedule, args.decision)
+        drawn.clear()
         group_means = scores["reward"].reshape(-1, args.group_size).mean(1).tolist()
         prompts = [p.key for p in texts[~is_benign]]                                    # (R,)
         last_rewards |= dict(zip(prompts[::args.group_size], group_means, strict=True))
@@ -304,9 +310,8 @@ def main(args, clock=lambda stage: None):
         # the pulls of a step's mean. Benign pictures are pulled to the base's, at a learned step
         # and at a later one; half of the others not found "unsafe" as well, at the latter; those
         # with a safe_text, at their decisions, to what the policy makes of that
-        of_pulls = latents.take_along_dim(pull_steps[:, :, None, None, None], 1)
-        starts = torch.cat([starts, of_pulls], 1)                           # (n, D + 2, C, h, w)
         k = torch.cat([learned.expand(len(local), D), pull_steps], 1)       # (n, D + 2)
+        at_latent = torch.cat([torch.arange(D).to(k).expand(len(local), D), pull_steps + fresh], 1)
         in_first_half = np.arange(len(texts)) % args.group_size < args.group_size / 2
         is_safe = ~is_benign & ~has_safe_text & in_first_half                           # (N,)
         is_safe[~is_benign] &= scores.get("unsafe", 0 * scores["reward"]) == 0
@@ -316,13 +321,17 @@ def main(args, clock=lambda stage: None):
         weight = np.zeros(k.shape, np.float32)                              # (n, D + 2)
         for whose, columns, its_weight in pulls.values():
             weight[whose, columns] = its_weight
-        aims = torch.zeros_like(starts)
+        pulled = weight > 0
+        number = torch.from_numpy(pulled.cumsum().reshape(k.shape) * pulled)    # its aim's; 0: none
+        aims = latents.new_zeros(number.max() + 1, *policy.latent_shape())
+        number = number.to(policy.device)
         for teacher, taught, aim_texts in ((policy.base, ~has_safe_text, texts),
                                            (nullcontext, has_safe_text, safe_texts)):
             with torch.no_grad(), teacher():
-                for i, _, at in batches((weight > 0) & taught[local, None]):
-                    aims[at], _ = step(starts[at], k[at], aim_texts[local[i]], texts[local[i]])
-        is_learned = weight > 0
+                for i, _, at in batches(pulled & taught[local, None]):
+                    x = latents[at[0], at_latent[at]]
+                    aims[number[at]], _ = step(x, k[at], aim_texts[local[i]], texts[local[i]])
+        is_learned = pulled.copy()
         is_learned[~is_benign[local], :D] = True
         weight = torch.from_numpy(weight).to(policy.device)
         distance = torch.zeros_like(weight)                                 # from the aims
@@ -332,8 +341,8 @@ def main(args, clock=lambda stage: None):
             rows = np.arange(len(local)) // (len(local) // args.updates) == update      # (n,)
             for i, columns, at in batches(is_learned & rows[:, None]):
                 texts_of = texts[local[i]]
-                mean, sigma = step(starts[at], k[at], texts_of, texts_of)
-                pull = mean_distance(mean, aims[at])                                    # (b,)
+                mean, sigma = step(latents[at[0], at_latent[at]], k[at], texts_of, texts_of)
+                pull = mean_distance(mean, aims[number[at]])                            # (b,)
                 loss = (weight[at] * pull).sum() / of_update
                 distance[at] = pull.detach()
                 record = {"where": (str(texts_of[0]), k[at][0])}

@@ -1,6 +1,6 @@
 """A table and a figure of variants of the training: means and ranges over seeds, on validation.
 
-    for weight in 0 .15 .3 .6; do for seed in 0 1 2; do
+    for weight in 0 0.15 0.3 0.6; do for seed in 0 1 2; do      # a name with . first would hide
         python train.py --held-out --clip-weight $weight --seed $seed \\
             --output-dir "out/clip_weight/$weight seed $seed"
     done; done

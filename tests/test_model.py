@@ -493,7 +493,7 @@ def test_in_bf16_the_lora_stays_fp32_and_the_first_ratio_is_near_one(pipeline):
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert policy.unet.conv_in.weight.dtype == torch.bfloat16
     schedule, predict = policy.schedule(4), plain(policy, ["a dog"] * 2, 3.)
-    latents, *_, log_probs = rollout(predict, draw_noise([1, 2], 4, (4, 8, 8)), schedule)
+    latents, log_probs = rollout(predict, draw_noise([1, 2], 4, (4, 8, 8)), schedule)
     assert latents.dtype == log_probs.dtype == torch.float32
     for k in range(4):
         mean, sigma = step_mean(predict, latents[:, k], schedule, k)
