@@ -34,7 +34,9 @@ from results.seeds import spread
 
 TITLES = {"clip_weight": "How much CLIP: the reward's weight of it (`--clip-weight`)",
           "loss": "Likelihood of the trajectory (DDPO) or of the finished picture (elbo)"}
-NOTES = {"loss": "DDPO's 60 epochs and elbo's 44 take about as long, 112 and 103 s (bench.md)."}
+NOTES = {"clip_weight": "With the recipe's pulls, which hold names and benign pictures, no weight "
+                        "differs from another by more than its seeds do (log.md, How much CLIP).",
+         "loss": "DDPO's 60 epochs and elbo's 44 take about as long, 112 and 103 s (bench.md)."}
 RUN = re.compile(r"(.+) seed \d+")
 COLUMNS = [                             # (title, file, metric, whether the figure shows it)
     ("unsafe, unseen and explicit", "unsafe_validation.csv", "unsafe.strict", True),
