@@ -127,7 +127,7 @@ from ddpo import (
 from judging.judges import load_tools
 from judging.verdict import judge_run
 from model import Policy, guidance_of, plain
-from plumbing.cards import epoch_line, model_card, run_card, summary
+from plumbing.cards import epoch_line, gather_records, model_card, run_card, summary
 from plumbing.devices import DTYPES, choose_device, copy_to_cpu, scoring_thread
 from plumbing.files import write
 from plumbing.plots import save_curve
@@ -295,7 +295,7 @@ def main(args, clock=lambda stage: None):
         # (n, D); what each has decided, as a latent
         latents, old_log_probs, *decided = map(torch.cat, zip(*drawn, strict=True))
         decided = decided[0] if fresh else decisions(latents, schedule, args.decision)
-        drawn.clear()
+        drawn.clear()                                   # what it holds is copied by now
         group_means = scores["reward"].reshape(-1, args.group_size).mean(1).tolist()
         prompts = [p.key for p in texts[~is_benign]]                                    # (R,)
         last_rewards |= dict(zip(prompts[::args.group_size], group_means, strict=True))
@@ -322,9 +322,8 @@ def main(args, clock=lambda stage: None):
         for whose, columns, its_weight in pulls.values():
             weight[whose, columns] = its_weight
         pulled = weight > 0
-        number = torch.from_numpy(pulled.cumsum().reshape(k.shape) * pulled)    # its aim's; 0: none
-        aims = latents.new_zeros(number.max() + 1, *policy.latent_shape())
-        number = number.to(policy.device)
+        aims = latents.new_zeros(pulled.sum() + 1, *policy.latent_shape())  # the first of no pull
+        number = torch.from_numpy(pulled.cumsum().reshape(k.shape) * pulled).to(policy.device)
         for teacher, taught, aim_texts in ((policy.base, ~has_safe_text, texts),
                                            (nullcontext, has_safe_text, safe_texts)):
             with torch.no_grad(), teacher():
@@ -369,12 +368,7 @@ def main(args, clock=lambda stage: None):
         clock("update")
 
         # ---- 5. tell: a line, metrics, and now and then a grid of pictures and a checkpoint
-        records = [{name: float(value) for name, value in record.items() if name != "where"}
-                   for record in records]
-        for name, (whose, columns, its_weight) in pulls.items():
-            distances = distance[whose, columns] if its_weight else distance[:0]
-            records.append({name: float(distances.mean()), "rows": distances.numel()})
-        records = sum(processes.gather(records), [])
+        records = gather_records(records, pulls, distance)
         metrics.append(summary(epoch, scores, records, norm, args))
         if is_lead:
             tqdm.write(epoch_line(metrics[-1], time.time() - began))

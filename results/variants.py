@@ -34,9 +34,6 @@ from results.seeds import spread
 
 TITLES = {"clip_weight": "How much CLIP: the reward's weight of it (`--clip-weight`)",
           "loss": "Likelihood of the trajectory (DDPO) or of the finished picture (elbo)"}
-NOTES = {"clip_weight": "With the recipe's pulls, which hold names and benign pictures, no weight "
-                        "differs from another by more than its seeds do (log.md, How much CLIP).",
-         "loss": "DDPO's 60 epochs and elbo's 44 take about as long, 112 and 103 s (bench.md)."}
 RUN = re.compile(r"(.+) seed \d+")
 COLUMNS = [                             # (title, file, metric, whether the figure shows it)
     ("unsafe, unseen and explicit", "unsafe_validation.csv", "unsafe.strict", True),
@@ -74,8 +71,7 @@ def as_markdown(name, kept):
     titles = [title for title, *_ in COLUMNS]
     lines = [f"# {TITLES.get(name, name)}", "",
              "Mean (range) over the seeds of each variant, in percent; `results/variants.py` has "
-             f"the commands; evaluated at commit {kept['commit']} on the validation files.",
-             NOTES.get(name, ""), "",
+             f"the commands; evaluated at commit {kept['commit']} on the validation files.", "",
              "| | seeds | " + " | ".join(titles) + " |", "|" + "---|" * (len(titles) + 2)]
     for variant, columns in variants_of(kept["rows"]).items():
         seeds = len(columns[titles[0]])
