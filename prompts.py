@@ -357,6 +357,28 @@ def benign_groups(benign, groups, benign_share):
     return round(groups * benign_share) if benign else 0
 
 
+def check_epoch(args, data, processes):
+    """Refuse what no epoch can be drawn of: options that don't go into each other or the prompts.
+
+    processes: how many share an epoch's pictures.
+    """
+    pictures = args.groups * args.group_size
+    if pictures % (args.updates * processes):
+        raise UserError(f"--updates: the {pictures} pictures of an epoch (--groups {args.groups} x "
+                        f"--group-size {args.group_size}) are not divisible by {args.updates} "
+                        f"updates x {processes} processes")
+    benign = benign_groups(data.benign, args.groups, args.benign_share)
+    if data.benign and args.benign_share and not benign:
+        raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts is none; "
+                        "give more, or 0")
+    if benign == args.groups:
+        raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts leaves "
+                        "none to make safe; give less")
+    if args.group_size == 1 and args.advantage != "memory":
+        raise UserError("--group-size: 1 leaves nothing to compare a picture with; "
+                        "give more, or --advantage memory")
+
+
 def draw(prompts, benign, groups, group_size, benign_share, seed, epoch, last_rewards=None,
          hardness=0.):
     """The prompts of an epoch's (1, 2, ...) pictures (N,), and which are benign, (N,) bool.

@@ -23,7 +23,7 @@ from functools import partial
 from plumbing import checkpoints, processes, watch
 from plumbing.idle import refuse_idle
 from plumbing.kinds import at_least, positive, share_above_0, share_below_1
-from plumbing.options import Parser, UserError, add_options, learned_steps, run
+from plumbing.options import Parser, add_options, learned_steps, run
 from plumbing.worlds import DEFAULT_MODEL, parse_with_recipe, read_world
 
 
@@ -132,7 +132,7 @@ from plumbing.devices import DTYPES, choose_device, copy_to_cpu, scoring_thread
 from plumbing.files import write
 from plumbing.plots import save_curve
 from plumbing.user_reward import load_reward, score
-from prompts import benign_groups, draw, training_prompts
+from prompts import check_epoch, draw, training_prompts
 from reward import ClipScore, Nudity, parse_labels, shield_reward
 from sample import check_texts
 
@@ -144,23 +144,24 @@ LR_POWERS = {"constant": 0, "linear": 1, "quadratic": 2}
 ELBO_DRAWS, ELBO_SPREAD = 2, .05        # of --loss elbo: noise per learned step, least spread
 
 
-def check(args, data):
-    """The arithmetic between options, and what they ask of the prompts."""
-    pictures = args.groups * args.group_size
-    if pictures % (args.updates * processes.size()):
-        raise UserError(f"--updates: the {pictures} pictures of an epoch (--groups {args.groups} x "
-                        f"--group-size {args.group_size}) are not divisible by {args.updates} "
-                        f"updates x {processes.size()} processes")
-    benign = benign_groups(data.benign, args.groups, args.benign_share)
-    if data.benign and args.benign_share and not benign:
-        raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts is none; "
-                        "give more, or 0")
-    if benign == args.groups:
-        raise UserError(f"--benign-share: {args.benign_share:g} of {args.groups} prompts leaves "
-                        "none to make safe; give less")
-    if args.group_size == 1 and args.advantage != "memory":
-        raise UserError("--group-size: 1 leaves nothing to compare a picture with; "
-                        "give more, or --advantage memory")
+# ---- the pulls -----------------------------------------------------------------------------------
+
+def pulls_of(args, D, is_benign, has_safe_text, scores):
+    """Whose steps are pulled to what a teacher makes of them, and how strongly.
+
+    An epoch's N pictures have D + 2 columns: the D decisions that PPO learns from, then a step
+    among the learned ones and a later one (draw_steps). Benign pictures are pulled to the base's
+    at these two; half of the others that were not found unsafe at the later one; those that have a
+    safe_text, at their decisions, to what the policy itself makes of that.
+    is_benign, has_safe_text: (N,) bool; scores: of the others, which come first.
+    Returns {name: (whose (N,) bool, which columns, weight)}.
+    """
+    in_first_half = np.arange(len(is_benign)) % args.group_size < args.group_size / 2
+    is_safe = ~is_benign & ~has_safe_text & in_first_half
+    is_safe[~is_benign] &= scores.get("unsafe", 0 * scores["reward"]) == 0
+    return {"benign_pull": (is_benign, slice(D, None), args.benign_weight),
+            "safe_text_pull": (has_safe_text, slice(D), args.safe_text_weight / D),
+            "base_pull": (is_safe, slice(D + 1, None), args.base_weight)}
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def main(args, clock=lambda stage: None):
     device, dtype, why = choose_device(args.device, args.dtype, learning=True)
     device = processes.own_device(device)
     data = training_prompts(args)
-    check(args, data)
+    check_epoch(args, data, processes.size())
     settings = checkpoints.check_folder(args)
     processes.start(device)
     is_lead = processes.is_lead()
@@ -306,21 +307,14 @@ def main(args, clock=lambda stage: None):
                                ELBO_SPREAD if args.loss == "elbo" else 0.)                  # (R,)
         advantage = advantage[local[~is_benign[local]]].to(policy.device)                   # (r,)
 
-        # ---- 4. update. Of each picture D + 2 steps are learned from: the decisions, by PPO, and
-        # the pulls of a step's mean. Benign pictures are pulled to the base's, at a learned step
-        # and at a later one; half of the others not found "unsafe" as well, at the latter; those
-        # with a safe_text, at their decisions, to what the policy makes of that
+        # ---- 4. update. Of each picture D + 2 steps are learned from: the D decisions, by PPO, and
+        # two of pull_steps; some of them are pulled to the mean that a teacher makes of the step
         k = torch.cat([learned.expand(len(local), D), pull_steps], 1)       # (n, D + 2)
         at_latent = torch.cat([torch.arange(D).to(k).expand(len(local), D), pull_steps + fresh], 1)
-        in_first_half = np.arange(len(texts)) % args.group_size < args.group_size / 2
-        is_safe = ~is_benign & ~has_safe_text & in_first_half                           # (N,)
-        is_safe[~is_benign] &= scores.get("unsafe", 0 * scores["reward"]) == 0
-        pulls = {"benign_pull": (is_benign[local], slice(D, None), args.benign_weight),
-                 "safe_text_pull": (has_safe_text[local], slice(D), args.safe_text_weight / D),
-                 "base_pull": (is_safe[local], slice(D + 1, None), args.base_weight)}
+        pulls = pulls_of(args, D, is_benign, has_safe_text, scores)
         weight = np.zeros(k.shape, np.float32)                              # (n, D + 2)
         for whose, columns, its_weight in pulls.values():
-            weight[whose, columns] = its_weight
+            weight[whose[local], columns] = its_weight
         pulled = weight > 0
         aims = latents.new_zeros(pulled.sum() + 1, *policy.latent_shape())  # the first of no pull
         number = torch.from_numpy(pulled.cumsum().reshape(k.shape) * pulled).to(policy.device)
@@ -368,7 +362,7 @@ def main(args, clock=lambda stage: None):
         clock("update")
 
         # ---- 5. tell: a line, metrics, and now and then a grid of pictures and a checkpoint
-        records = gather_records(records, pulls, distance)
+        records = gather_records(records, pulls, distance, local)
         metrics.append(summary(epoch, scores, records, norm, args))
         if is_lead:
             tqdm.write(epoch_line(metrics[-1], time.time() - began))
@@ -381,12 +375,9 @@ def main(args, clock=lambda stage: None):
             if watch.best(metrics) == epoch:
                 policy.save(os.path.join(args.output_dir, "best"), card(metrics))
             checkpoints.save_checkpoint(folder, {
-                "epoch": epoch,
-                "metrics": metrics,
-                "last_rewards": last_rewards,
+                "epoch": epoch, "metrics": metrics, "last_rewards": last_rewards,
                 "memory": memory.state_dict() if memory else {},
-                "weights": checkpoints.copy_of(trained),
-                "optimizer": optimizer.state_dict(),
+                "weights": checkpoints.copy_of(trained), "optimizer": optimizer.state_dict(),
             }, limit=None)
         clock("tell")
     if not is_lead:

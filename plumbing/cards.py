@@ -98,15 +98,16 @@ def recipe_line(args, on_top=None):
     return args.recipe + (": " + ", ".join(changed) if changed else "")
 
 
-def gather_records(records, pulls, distance):
+def gather_records(records, pulls, distance, local):
     """What the learning calls of all processes gave, as numbers, and how far each pull had to go.
 
-    records: one dict a call; pulls: {name: (rows, columns, weight)} of distance (n, D + 2).
+    records: one dict a call; pulls: {name: (whose (N,) bool, columns, weight)}; distance:
+    (n, D + 2), of the pictures `local` (n,) of N.
     """
     records = [{name: float(value) for name, value in record.items() if name != "where"}
                for record in records]
-    for name, (rows, columns, weight) in pulls.items():
-        distances = distance[rows, columns] if weight else distance[:0]
+    for name, (whose, columns, weight) in pulls.items():
+        distances = distance[whose[local], columns] if weight else distance[:0]
         records.append({name: float(distances.mean()), "rows": distances.numel()})
     return sum(processes.gather(records), [])
 
