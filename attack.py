@@ -1,13 +1,17 @@
-"""Prompts made to break a defence.
+r"""Break a defence: by prompts made for it, or by fine-tuning.
 
     python attack.py ring-a-bell                        # black box: words that do not say it
     python attack.py ring-a-bell-embedding              # the same without the search for words
     python attack.py soft-prompt --checkpoint out/shield --output out/soft.csv      # white box
     python evaluate.py --checkpoint out/shield --adversarial out/ring-a-bell.csv
+    python attack.py fine-tune --checkpoint out/shield --prompts task.csv \
+        --output out/tuned                              # pictures and their captions
+    python evaluate.py --checkpoint out/shield+out/tuned
 
 An attack is a file in attacks/ that names its paper. Writes a prompt file that evaluate.py and
 sample.py read; where the text states themselves are the attack, they lie beside it in a
-.safetensors of the same name. Prompts that mention minors are refused before, and never written.
+.safetensors of the same name. Fine-tuning writes a folder with a LoRA. Prompts that mention minors
+are refused before, and never written.
 """
 import csv
 import io
@@ -34,9 +38,13 @@ def choose_attack(args):
     return recipe, {**rivals.settings_of(attack, recipe_of(args, world), world.recipe), **of_run}
 
 
+def is_edit(name):
+    return isinstance(rivals.find(ATTACKS, name, "attack"), rivals.Edit)
+
+
 def parse_args(argv=None):
-    p = Parser("Make prompts that break a defence. An attack's own settings (attacks/) and the "
-               "model's recipe override the defaults in [].")
+    p = Parser("Break a defence, by prompts or fine-tuning. An attack's settings (attacks/) and "
+               "the model's recipe override the defaults in [].")
     g = p.add_argument_group("what is attacked")
     g.add_argument("attack", choices=list(ATTACKS),
                    help="which attack (ATTACKS in attacks/__init__.py)")
@@ -48,7 +56,8 @@ def parse_args(argv=None):
                         "left out")
     add_options(g, "--recipe")
     g.add_argument("--prompts", nargs="+", default=None,
-                   help="files or texts; the model's first held-out file that is not benign")
+                   help="files or texts; the model's first held-out file that is not benign; for "
+                        "fine-tuning a file whose column image names pictures")
     add_options(g, "--category")
     g.add_argument("--count", type=at_least(1), default=64,
                    help="adversarial prompts, those of --prompts in turn")
@@ -64,8 +73,10 @@ def parse_args(argv=None):
     g.add_argument("--generations", type=at_least(1), default=3000,
                    help="generations of the genetic search")
     g.add_argument("--iterations", type=at_least(1), default=2000,
-                   help="updates of the soft prompt")
-    g.add_argument("--lr", type=positive, help="learning rate of the soft prompt (Adam)")
+                   help="updates of the soft prompt, or of fine-tuning")
+    g.add_argument("--lr", type=positive, help="learning rate of the soft prompt (Adam), or of "
+                   "fine-tuning (AdamW)")
+    g.add_argument("--rank", type=at_least(1), default=4, help="rank of fine-tuning's LoRA")
     g.add_argument("--tries", type=at_least(1), default=3,
                    help="pictures of the base per prompt; the one with the highest nudity score "
                         "is the soft prompt's target")
@@ -73,10 +84,15 @@ def parse_args(argv=None):
     add_options(g, "--steps", "--eta", "--guidance", "--resolution", "--batch-size",
                 "--unsafe-labels")
     g = p.add_argument_group("output")
-    g.add_argument("--output", default=None, help="the prompt file; out/ATTACK.csv if left out")
+    g.add_argument("--output", default=None,
+                   help="the prompt file, or fine-tuning's folder; out/ATTACK.csv or out/ATTACK if "
+                        "left out")
+    g.add_argument("--save-every", type=at_least(1), default=50,
+                   help="updates of fine-tuning between checkpoints")
     add_options(g, "--device", "--dtype", "--seed")
     args = parse_with_recipe(p, argv, choose_attack, show_recipe=False)
-    args.output = args.output or os.path.join("out", f"{args.attack}.csv")
+    ending = "" if is_edit(args.attack) else ".csv"
+    args.output = args.output or os.path.join("out", args.attack + ending)
     return refuse_idle(p, argv, "attack", args, rivals.unused_options(ATTACKS, args.attack),
                        args.attack)
 
@@ -87,10 +103,12 @@ if __name__ == "__main__":
 import torch
 from safetensors.torch import save
 
-from attacks.pairs import read_pairs
+from erase import choose_weights, train
 from model import Policy
-from plumbing.devices import choose_device
+from plumbing import checkpoints
+from plumbing.devices import DTYPES, choose_device
 from plumbing.files import check_places, make_folder, write
+from plumbing.pairs import read_pairs
 from plumbing.refusal import refuse_minors
 from plumbing.tables import csv_rows, read_text
 from plumbing.weights import check_weights
@@ -101,6 +119,8 @@ from sample import check_texts
 
 def main(args):
     attack = rivals.find(ATTACKS, args.attack, "attack")
+    if is_edit(args.attack):
+        return fine_tune(args, attack)
     if not args.output.endswith(".csv"):
         raise UserError(f"--output: {args.output} is given; its name must end in .csv")
     checkpoint = parse_checkpoint(args.checkpoint, rivals.is_method)
@@ -131,6 +151,28 @@ def main(args):
                         "may be written")
     save_prompts(args.output, made)
     print(f"{len(made)} adversarial prompts in {args.output}")
+
+
+def fine_tune(args, edit):
+    """Train a LoRA on top of --checkpoint, which stays as it is, into the folder --output."""
+    checkpoint = parse_checkpoint(args.checkpoint, rivals.is_method)
+    args.model, args.output_dir = base_of(checkpoint, args.model), args.output
+    if args.prompts is None:
+        raise UserError(f"--prompts: none is given; {args.attack} learns from a file whose column "
+                        "image names pictures")
+    prompts, refused = read_all(args.prompts, args.category)
+    if refused:
+        print(f"refused {refused} prompts that mention minors")
+    device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
+    settings = checkpoints.check_folder(args)
+    torch.manual_seed(args.seed)
+    policy = Policy(args.model, checkpoint.parts, device, DTYPES[dtype], trainable=True)
+    check_texts(policy, prompts)
+    args.trainable = "lora"
+    trained = choose_weights(policy, edit.weights, args)
+    write(os.path.join(args.output_dir, "args.json"), settings)     # the folder is this run's
+    train(edit, policy, trained, args, prompts, [], [],
+          f"fine-tuned on {len(prompts)} pictures on top of {args.checkpoint}.", args.attack)
 
 
 def check_output(args):

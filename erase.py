@@ -1,6 +1,6 @@
 """Erase a concept from a text-to-image model's weights: the rivals that edit weights, one loop.
 
-    python erase.py esd-x                               # or esd-u, sdd, safegen: the embedded world
+    python erase.py esd-x                               # or another of rivals/: the embedded world
     python erase.py esd-u --model CompVis/stable-diffusion-v1-4 --output-dir out/sd-esd-u
     python evaluate.py --checkpoint out/shield out/esd-x out/esd-u out/sdd out/safegen
 
@@ -8,8 +8,8 @@ An edit is a loss on the network's output, a file in rivals/ that names its pape
 the paper's for Stable Diffusion and our own for the embedded world; steps and guidance are the
 model's recipe (recipes/NAME.json); options override both. Writes into --output-dir:
 args.json, metrics.jsonl, checkpoints/, unet/ (or the LoRA in diffusers' and kohya's formats), what
-else the edit trains in extra.safetensors, README.md (a model card). The same command resumes where
-it was cut off, to the same result.
+else the edit trains in checkpoints/extra.safetensors, README.md (a model card). The same command
+resumes where it was cut off, to the same result.
 """
 import os
 import re
@@ -17,7 +17,7 @@ import re
 import rivals
 from plumbing import checkpoints
 from plumbing.idle import refuse_idle
-from plumbing.kinds import at_least, positive, share, share_below_1
+from plumbing.kinds import at_least, number, positive, share, share_above_0, share_below_1
 from plumbing.options import Parser, UserError, add_options, run
 from plumbing.worlds import DEFAULT_MODEL, parse_with_recipe, read_world, recipe_of
 
@@ -61,13 +61,24 @@ def parse_args(argv=None):
     g.add_argument("--negative-guidance", type=at_least(0, float), default=1.,
                    help="ESD: how far beyond the empty prompt (eta in the paper); 0 stops there")
     g.add_argument("--start-guidance", type=at_least(1, float), default=3.,
-                   help="guidance on the way to a noisy picture (ESD, SDD)")
+                   help="guidance on the way to a noisy picture (ESD, SDD), or to a safe twin "
+                        "(DUO)")
     g.add_argument("--ema", type=share_below_1, default=.999,
                    help="decay of the weights' average, which is what is saved (SDD, SafeGen)")
     g.add_argument("--mosaic-weight", type=share, default=.1,
                    help="SafeGen's weight of the mosaics; benign pictures have the rest of 1")
     g.add_argument("--pictures", type=at_least(1), default=256,
-                   help="pictures of --prompts, and of --benign, that SafeGen draws")
+                   help="pictures of --prompts that are drawn (SafeGen, DUO), and of --benign "
+                        "(SafeGen)")
+    g.add_argument("--strength", type=share_above_0, default=.75,
+                   help="DUO: how far a picture is noised before its safe twin is drawn from it")
+    g.add_argument("--beta", type=positive, default=500.,
+                   help="DUO: how sharply pairs are told apart; what suits a latent of D numbers "
+                        "scales with D (500 for Stable Diffusion)")
+    g.add_argument("--prior-weight", type=at_least(0, float), default=1e4,
+                   help="DUO: weight of what keeps the answer to pure noise, in units of --beta")
+    g.add_argument("--log-beta", type=number, default=2.5,
+                   help="EraseFlow: log of the constant flow")
     g = p.add_argument_group("pictures")
     add_options(g, "--steps", "--eta", "--guidance", "--resolution", "--unsafe-labels")
     g = p.add_argument_group("output")
@@ -122,7 +133,7 @@ def read_prompts(args, edit):
                             "names a training file; give a file or a text")
         args.prompts = [world.training_files[0].prompts]
     prompts, refused = read_all(args.prompts, args.category)
-    if not edit.prepare:
+    if "benign" not in edit.uses:
         return prompts, [], refused
     if args.benign is None:
         entries = [world.training_file(source) for source in args.prompts]
@@ -177,7 +188,15 @@ def main(args):
     trained = choose_weights(policy, edit.weights, args)
     write(os.path.join(args.output_dir, "args.json"), settings)     # the folder is this run's
     print_card(args, policy, trained, prompts, benign, refused, (device, dtype, why))
+    train(edit, policy, trained, args, prompts, benign, labels,
+          description=f"with a concept erased by {edit.paper}.", name=args.edit)
 
+
+def train(edit, policy, trained, args, prompts, benign, labels, description, name):
+    """Train a policy's `trained` weights by an edit, and save them with a model card.
+
+    description, name: what the card says was done, and the method's name.
+    """
     def draw(texts, seeds):
         return generate(policy, texts, seeds, args)
     schedule = policy.schedule(args.steps, args.eta)
@@ -191,24 +210,26 @@ def main(args):
     if edit.keeps_average:
         job.average = checkpoints.copy_of(job.trained)
 
-    metrics = learn(edit, job, prompts)
+    metrics = learn(edit, job, prompts, extra)
 
     final = job.average or checkpoints.copy_of(job.trained)
     if extra:
         kept = {name: final[name].cpu().contiguous() for name in extra}
-        write(os.path.join(args.output_dir, "extra.safetensors"), save(kept))
+        write(os.path.join(args.output_dir, "checkpoints", "extra.safetensors"), save(kept))
     with using_weights(job.trained, final):
-        description = f"with a concept erased by {edit.paper}."
-        policy.save(args.output_dir, model_card(args, description, args.edit, metrics[-1]))
+        policy.save(args.output_dir, model_card(args, description, name, metrics[-1]))
     print(f"the model is in {args.output_dir}", flush=True)
 
 
-def learn(edit, job, prompts):
+def learn(edit, job, prompts, extra=()):
     """The loop: an edit's step, its gradient, an update; resumes from the run's checkpoint.
 
+    extra: the trained tensors that are no weights, whose gradient is clipped by itself.
     Returns the run's metrics, a list of {"iteration", "loss" (a mean), "lr"}.
     """
     args, trained, average = job.args, job.trained, job.average or {}
+    warm_up = getattr(args, "warm_up", 0)
+    weights = [p for name, p in trained.items() if name not in extra]
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.)
     folder = os.path.join(args.output_dir, "checkpoints")
     done, metrics, losses = 0, [], []
@@ -221,21 +242,22 @@ def learn(edit, job, prompts):
         checkpoints.write_metrics(args.output_dir, metrics)     # forget what came afterwards
         print(f"resuming after iteration {done}", flush=True)
 
-    bar = tqdm(range(done, args.iterations), initial=done, total=args.iterations, desc=args.edit)
+    bar = tqdm(range(done, args.iterations), initial=done, total=args.iterations, desc="training")
     for i in bar:
         rng = np.random.default_rng([args.seed, i])     # rng and rate depend on the iteration's
-        lr = args.lr * min(1, (i + 1) / max(1, args.warm_up))   # number: a resumed run is equal
+        lr = args.lr * min(1, (i + 1) / max(1, warm_up))        # number: a resumed run is equal
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = edit.step(job, walk(prompts, args.batch_size, args.seed, i + 1), rng)
         check_finite(loss, "loss", i + 1)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), edit.max_grad_norm)
-        check_finite(norm, "gradient", i + 1)
+        for tensors in (weights, [trained[name] for name in extra]):
+            norm = torch.nn.utils.clip_grad_norm_(tensors, edit.max_grad_norm)
+            check_finite(norm, "gradient", i + 1)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(args.ema, ramp(i)) if edit.ramps else args.ema
         for name, mean in average.items():
+            decay = min(args.ema, ramp(i)) if edit.ramps else args.ema
             mean.lerp_(trained[name].detach(), 1 - decay)
         losses.append(loss.item())
         bar.set_postfix(loss=f"{loss.item():.4f}")

@@ -129,13 +129,16 @@ class Policy:
         return min(self.tokenizer.model_max_length,
                    self.text_encoder.config.max_position_embeddings)
 
+    @property
+    def pixels(self):
+        """How many of a picture's pixels, along a side, are one of its latent's."""
+        vae = self.vae.config
+        widths = getattr(vae, "decoder_block_out_channels", None) or vae.block_out_channels
+        return 2 ** (len(widths) - 1)
+
     def latent_shape(self, resolution=None):
         """(C, h, w) of a picture of `resolution` pixels a side, or of the model's own size."""
-        size = self.unet.config.sample_size
-        if resolution:
-            vae = self.vae.config
-            widths = getattr(vae, "decoder_block_out_channels", None) or vae.block_out_channels
-            size = resolution // 2 ** (len(widths) - 1)
+        size = resolution // self.pixels if resolution else self.unet.config.sample_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return self.unet.config.in_channels, height, width
 
@@ -257,12 +260,14 @@ class Policy:
     def make_trainable(self, trainable="lora", rank=4, targets="attention"):
         """Make a "lora" or all "weights" trainable: the trained parameters (float32) by name.
 
-        targets: the LoRA's layers, a name in LORA_TARGETS or a regular expression.
+        targets: the LoRA's layers, a name in LORA_TARGETS or a regular expression. LoRAs that the
+        policy was loaded with stay on, frozen.
         """
         if trainable == "weights":
             self.unet.requires_grad_(True)
         else:
             from peft import LoraConfig
+            earlier = self.unet.active_adapters() if hasattr(self.unet, "peft_config") else []
             # alpha == rank, so that a loader which forgets alpha still draws the same picture
             self.unet.add_adapter(LoraConfig(
                 r=rank, lora_alpha=rank, init_lora_weights="gaussian",
@@ -270,6 +275,9 @@ class Policy:
             for module in self.unet.modules():
                 if hasattr(module, "lora_A"):           # else peft copies inputs to float32, which
                     module.cast_input_dtype_enabled = False     # autocast then copies back
+                    module.set_adapter([*earlier, "default"])   # and makes all of them learn
+            for name, p in self.unet.named_parameters():
+                p.requires_grad_(".default." in name)
         self.set_precision()
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
 

@@ -11,6 +11,7 @@ A prompt file is .txt (one prompt per line, # for comments), .csv or .jsonl with
     original     the prompt before an attack changed it, in an adversarial file
     states       a name in FILE.safetensors, beside FILE.csv, of the text states (L, D) that stand
                  for the prompt's own
+    image        a picture of it, a path beside the file, for what learns from pictures
 
 so that I2P's and COCO's files can be used as they are. Prompts that mention minors never get past
 this file (plumbing/refusal.py), in any program; there is no option for that.
@@ -50,6 +51,7 @@ COLUMNS = {
     "case": ("case_number",),
     "original": ("original",),
     "states": ("states",),
+    "image": ("image",),
 }
 ENDINGS = (".txt", ".csv", ".jsonl")
 
@@ -59,11 +61,11 @@ class Prompt(str):
 
     safe_text: what CLIP is asked about (the text itself unless given); seed and guidance: None
     unless given; case: its number; original: the text before an attack, or ""; states: None, or
-    (safetensors file, name in it, SHA-256 of the file).
+    (safetensors file, name in it, SHA-256 of the file); image: a picture's path, or None.
     """
 
     def __new__(cls, text, safe_text="", seed=None, guidance=None, category="", case=None,
-                original="", states=None):
+                original="", states=None, image=None):
         self = super().__new__(cls, text)
         self.safe_text = safe_text or str(text)
         self.seed = seed
@@ -72,6 +74,7 @@ class Prompt(str):
         self.case = case
         self.original = original
         self.states = states
+        self.image = image
         return self
 
     @property
@@ -100,7 +103,8 @@ def read(source, category=None, limit=None, option="--prompts", sexual=False):
     say_passed_over(rows, source, option)
     found = []
     for place, (line, row) in enumerate(rows):
-        prompt = parse(row, place, f"{option}: {source}, line {line}", states_file)
+        prompt = parse(row, place, f"{option}: {source}, line {line}", states_file,
+                       os.path.dirname(str(source)))
         if prompt:
             found.append(prompt)
         else:                                           # I2P has one
@@ -204,10 +208,11 @@ def category_in(source, category, option):
     return category if has_it else None
 
 
-def parse(row, place, where, states_file=None):
+def parse(row, place, where, states_file=None, folder=""):
     """A row of a file (dict of texts or JSON values) -> Prompt.
 
-    place: the row's number, from 0; where: how errors name it; states_file: open_states' answer.
+    place: the row's number, from 0; where: how errors name it; states_file: open_states' answer;
+    folder: the file's.
     """
     def text(name):
         for column in COLUMNS[name]:
@@ -234,8 +239,11 @@ def parse(row, place, where, states_file=None):
         states = path, text("states"), sha256
         if text("states") not in names:
             raise UserError(f"{where}: {path} has no text states {text('states')!r:.40}")
+    image = os.path.join(folder, text("image")) if text("image") else None
+    if image and not os.path.isfile(image):
+        raise UserError(f"{where}: image {image} is no file; paths are relative to the prompt file")
     return Prompt(text("prompt"), text("safe_text"), seed, guidance, text("category"),
-                  place if case is None else case, text("original"), states)
+                  place if case is None else case, text("original"), states, image)
 
 
 # ---- what a training needs -----------------------------------------------------------------------

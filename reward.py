@@ -204,17 +204,21 @@ class ClipScore:
         """uint8 (N, H, W, 3) and N texts -> float32 (N,) in -1..1."""
         return self.agreement(self.embed(pictures), texts)
 
-    @torch.no_grad()
     def agreement(self, embedding, texts):
         """Unit picture embeddings (N, D) and N texts -> float32 (N,) in -1..1."""
+        text = self.embed_texts(texts)
+        return (torch.as_tensor(embedding).to(text) * text).sum(-1).float().cpu().numpy()
+
+    @torch.no_grad()
+    def embed_texts(self, texts):
+        """N texts -> unit embeddings (N, D); each is embedded once."""
         length = self.model.config.text_config.max_position_embeddings
         for new in [t for t in dict.fromkeys(texts) if t not in self.texts]:
             ids = self.tokenizer([str(new)], truncation=True, max_length=length,
                                  return_tensors="pt")   # alone: the same in any company
             found = self.model.get_text_features(**ids.to(self.device))
             self.texts[new] = F.normalize(getattr(found, "pooler_output", found), dim=-1)[0]
-        text = torch.stack([self.texts[t] for t in texts])
-        return (torch.as_tensor(embedding).to(text) * text).sum(-1).float().cpu().numpy()
+        return torch.stack([self.texts[t] for t in texts])
 
     @torch.no_grad()
     def embed(self, pictures, chunk=64):
@@ -233,6 +237,9 @@ class ClipScore:
             x = F.interpolate(x, size=size, mode="bicubic", antialias=True)
             x = x.clamp(0, 255).round()
         top, left = (x.shape[2] - self.size) // 2, (x.shape[3] - self.size) // 2
-        x = x[:, :, top:top + self.size, left:left + self.size] / 255
+        return self.embed_scaled(x[:, :, top:top + self.size, left:left + self.size] / 255)
+
+    def embed_scaled(self, x):
+        """Pictures (N, 3, size, size) in 0..1 -> unit embeddings (N, D), with gradient."""
         found = self.model.get_image_features(pixel_values=(x - self.mean) / self.std)
         return F.normalize(getattr(found, "pooler_output", found), dim=-1)

@@ -87,14 +87,12 @@ class Method:
 
 def choose_method(name):
     """A guide, a sampler or a blocker by its name, as a Method."""
-    if name in rivals.SAMPLERS:
-        return Method(name, rivals.find(rivals.SAMPLERS, name, "--method"))
-    if name in rivals.BLOCKERS:
-        plain = rivals.find(rivals.GUIDES, "plain", "--method")
-        return Method(name, ddim(plain), rivals.find(rivals.BLOCKERS, name, "--method"))
-    if name not in rivals.GUIDES:
-        raise UserError(f"--method: {name} is unknown; give one of {', '.join(rivals.methods())}")
-    return Method(name, ddim(rivals.find(rivals.GUIDES, name, "--method")))
+    table, rival = rivals.find_method(name, "--method")
+    if table is rivals.SAMPLERS:
+        return Method(name, rival)
+    if table is rivals.BLOCKERS:
+        return Method(name, ddim(rivals.find(rivals.GUIDES, "plain", "--method")), rival)
+    return Method(name, ddim(rival))
 
 
 # ---- drawing -------------------------------------------------------------------------------------

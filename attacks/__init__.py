@@ -1,6 +1,7 @@
-"""Attacks: prompts made to break a defence, one paper per file, found by name.
+"""Attacks on a defence, one paper per file, found by name.
 
-    attack    an Attack: run(policy, prompts, args) -> [Adversarial], policy being the base model
+    attack    an Attack: run(policy, prompts, args) -> [Adversarial], policy being the base model;
+              or an Edit, as rivals/ have them, that trains a LoRA on top of the defended model
 
 To add one: write its file, and its name here.
 """
@@ -10,6 +11,7 @@ ATTACKS = {
     "ring-a-bell": "attacks.ring_a_bell.RING_A_BELL",
     "ring-a-bell-embedding": "attacks.ring_a_bell.RING_A_BELL_EMBEDDING",
     "soft-prompt": "attacks.soft_prompt.SOFT_PROMPT",
+    "fine-tune": "attacks.fine_tune.FINE_TUNE",
 }
 
 

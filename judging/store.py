@@ -64,7 +64,8 @@ def files_of_code(name):
 
 def code_hash(method):
     digest = hashlib.sha256()
-    for path in files_of_code({**rivals.GUIDES, **rivals.SAMPLERS, **rivals.BLOCKERS}[method]):
+    table = {**rivals.GUIDES, **rivals.SAMPLERS, **rivals.BLOCKERS}
+    for path in files_of_code(table[rivals.name_of_method(method)]):
         with open(path, "rb") as file:
             digest.update(file.read())
     return digest.hexdigest()

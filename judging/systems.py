@@ -117,9 +117,7 @@ def as_system(row, where):
         raise UserError(f"{where} names two methods, {checkpoint.method} and {cell['method']}; "
                         "leave one out")
     method = cell["method"] or checkpoint.method or "plain"
-    if not rivals.is_method(method):
-        raise UserError(f"{where}: method {method} is unknown; "
-                        f"give one of {', '.join(rivals.methods())}")
+    rivals.find_method(method, f"{where}: method")
     concept = cell["concept"] or checkpoint.concept
     check_words(method, concept, f"{where}: concept")
     return System(checkpoint.parts, method, concept, cell["name"], cell["make"])

@@ -7,7 +7,9 @@ world.json, beside a model's weights; every key may be left out, paths are relat
     safe            words for what is safe, that they steer towards
     clip            the CLIP that scores its pictures      (openai/clip-vit-large-patch14)
     judge           a classifier that names what its pictures show
-    concept_pairs   CSV with the columns unsafe and safe, for attacks
+    concept_pairs   CSV with the columns unsafe and safe: their difference is the concept
+    guard_pairs     CSV with the columns concept, unsafe and safe: a prompt that names a concept,
+                    and one that names something harmless in its place
     harmless        true where an unsafe picture may be shown; elsewhere it is pixelated
     training_files  {file: {"benign": file, "validation": [files], "held_out": [files]}}
 
@@ -25,7 +27,7 @@ from plumbing.refusal import refuse_minors
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEFAULT_MODEL = "tiny"
 KINDS = {"recipe": str, "concept": str, "safe": str, "clip": str, "judge": str,
-         "concept_pairs": str, "harmless": bool, "training_files": dict}
+         "concept_pairs": str, "guard_pairs": str, "harmless": bool, "training_files": dict}
 JSON_NAMES = {str: "text", bool: "true or false", dict: "object"}
 
 
@@ -47,6 +49,7 @@ class World:
     clip: str = "openai/clip-vit-large-patch14"
     judge: str | None = None
     concept_pairs: str | None = None
+    guard_pairs: str | None = None
     harmless: bool = False
     training_files: list = field(default_factory=list)      # of TrainingFile
 
@@ -91,7 +94,7 @@ def read_world(model):
 
     def inside(name):
         return os.path.relpath(os.path.join(os.path.realpath(folder), name))
-    for key in ("clip", "judge", "concept_pairs"):
+    for key in ("clip", "judge", "concept_pairs", "guard_pairs"):
         if found.get(key) and os.path.exists(os.path.join(folder, found[key])):
             found[key] = inside(found[key])             # otherwise it is a hub id, or missing
     try:

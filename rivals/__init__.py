@@ -9,10 +9,14 @@
               pictures is None
     edit      an Edit: step(job, prompts, rng) -> loss, and what it trains
 
-What a guide, a sampler or a blocker steers away from is policy.concept, words with commas.
+What a guide, a sampler or a blocker steers away from is policy.concept, words with commas. Those
+that have settings of their own take them behind their name: dual-latent(weight=.3, switch=20).
 To add one: write its file, and its name here.
 """
+import inspect
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 
 from plumbing.options import UserError
@@ -29,13 +33,21 @@ GUIDES = {
     "safree-formula": "rivals.safree.safree_formula",
     "safree-always": "rivals.safree.safree_always",
 }
-SAMPLERS = {}                           # DDIM's steps under a guide need no name of their own
-BLOCKERS = {}
+SAMPLERS = {                            # DDIM's steps under a guide need no name of their own
+    "pno": "rivals.pno.pno",
+    "dual-latent": "rivals.dual_latent.dual_latent",
+}
+BLOCKERS = {
+    "latent-guard": "rivals.latent_guard.latent_guard",
+    "sc-pro": "rivals.sc_pro.sc_pro",
+}
 EDITS = {
     "esd-x": "rivals.esd.ESD_X",
     "esd-u": "rivals.esd.ESD_U",
     "sdd": "rivals.sdd.SDD",
     "safegen": "rivals.safegen.SAFEGEN",
+    "duo": "rivals.duo.DUO",
+    "eraseflow": "rivals.eraseflow.ERASEFLOW",
 }
 
 
@@ -82,8 +94,38 @@ def methods():
     return [*GUIDES, *SAMPLERS, *BLOCKERS]
 
 
-def is_method(name):
-    return name in methods()
+def is_method(text):
+    return name_of_method(text) in methods()
+
+
+def name_of_method(text):
+    """dual-latent(weight=.3) -> dual-latent."""
+    return text.partition("(")[0] if text.endswith(")") else text
+
+
+def find_method(text, option):
+    """(the table that a method's name is in, the method with the settings behind its name).
+
+    UserError where the name is unknown, or a setting is, or is no number.
+    """
+    name = name_of_method(text)
+    table = next((table for table in (GUIDES, SAMPLERS, BLOCKERS) if name in table), None)
+    if table is None:
+        raise UserError(f"{option}: {name} is unknown; give one of {', '.join(methods())}")
+    method, settings = find(table, name, option), {}
+    known = [parameter.name for parameter in inspect.signature(method).parameters.values()
+             if isinstance(parameter.default, float | int) and parameter.name != "start"]
+    for word in filter(None, text[len(name) + 1:-1].replace(",", " ").split()):
+        key, _, value = word.partition("=")
+        try:
+            settings[key] = float(value)
+            if key not in known or not math.isfinite(settings[key]):
+                raise ValueError
+        except ValueError:
+            takes = ", ".join(f"{one}=NUMBER" for one in known) or "nothing"
+            raise UserError(f"{option}: {name} has no setting {word!r}; it takes {takes}"
+                            ) from None
+    return table, partial(method, **settings) if settings else method
 
 
 def unused_options(table, name):

@@ -1,4 +1,4 @@
-"""What several edits share: the way to a noisy picture, other weights for a moment, the text.
+"""What several edits share: noisy pictures, latents, other weights for a moment, the text.
 
 Letters: e(x, t, c) is the network's output for latents x (B, C, h, w), timestep t, text states c.
 """
@@ -44,3 +44,12 @@ def using_weights(trained, weights):
 def states(policy, prompts):
     """Text states of the prompts, and as many of the empty one: (B, L, D) each."""
     return policy.encode(prompts), policy.encode([""] * len(prompts))
+
+
+@torch.no_grad()
+def to_latents(policy, pictures):
+    """Pictures uint8 (N, H, W, 3) -> scaled latents (N, C, h, w); policy.decode is the way back."""
+    x = torch.from_numpy(pictures).to(policy.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    encoded = [policy.vae.encode(part) for part in x.split(16)]                 # x in -1..1
+    latents = [z.latents if hasattr(z, "latents") else z.latent_dist.mode() for z in encoded]
+    return torch.cat(latents) * policy.vae.config.scaling_factor

@@ -19,6 +19,7 @@ from plumbing.plots import pixelate
 from prompts import cycle_prompts
 from reward import THRESHOLD, Nudity, worst_label
 from rivals import Edit
+from rivals.editing import to_latents
 
 MOSAIC = 4      # of the embedded world's mosaics of 8 x 8 squares 29 % trip the detector after the
 #                 VAE, of 4 x 4 ones 2 %
@@ -97,15 +98,6 @@ def prepare(job, prompts, benign, labels):
           "ones", flush=True)
     mosaics = pixelate(nude, np.ones(len(nude), bool), MOSAIC)
     job.data = [to_latents(job.policy, part) for part in (nude, mosaics, harmless)]
-
-
-@torch.no_grad()
-def to_latents(policy, pictures):
-    """Pictures uint8 (N, H, W, 3) -> scaled latents (N, C, h, w); policy.decode is the way back."""
-    x = torch.from_numpy(pictures).to(policy.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    encoded = [policy.vae.encode(part) for part in x.split(16)]                 # x in -1..1
-    latents = [z.latents if hasattr(z, "latents") else z.latent_dist.mode() for z in encoded]
-    return torch.cat(latents) * policy.vae.config.scaling_factor
 
 
 # the embedded world's rate and weight are the best of the few in results/log.md; its LoRA's rate is

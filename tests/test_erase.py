@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 import erase
 import rivals
+import rivals.duo
+import rivals.eraseflow
 import rivals.safegen
 from erase import main, parse_args
 from model import Policy
@@ -33,6 +35,8 @@ MAY_LEARN = {
     "esd-u": lambda name: "attn2" not in name,
     "sdd": lambda name: "attn2" in name,
     "safegen": lambda name: "attn1" in name,
+    "duo": lambda name: "attn1" in name,
+    "eraseflow": lambda name: "attn" in name,
 }
 
 
@@ -41,6 +45,8 @@ def options(edit, pipeline, *more):
     own = {"benign": "a cup", "ema": ".5", "mosaic_weight": ".1"}
     for name in [name for name in own if name in uses]:
         more = (f"--{name.replace('_', '-')}", own[name], *more)
+    if "--trainable" not in more:                       # some are LoRAs, unless told otherwise
+        more = ("--trainable", "weights", *more)
     return parse_args([edit, "--model", pipeline, "--prompts", "a dog", "--steps", "4",
                        "--batch-size", "2", "--device", "cpu", "--dtype", "fp32",
                        "--save-every", "6", *more])
@@ -57,12 +63,19 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def pictures_that_no_detector_sees(monkeypatch):
-    """SafeGen's triples: the random pipeline draws nothing that trips NudeNet."""
-    def prepare(job, prompts, benign, labels):
-        job.data = [torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(k))
-                    for k in range(3)]
-    edit = dataclasses.replace(rivals.safegen.SAFEGEN, prepare=prepare)
-    monkeypatch.setattr(rivals.safegen, "SAFEGEN", edit)
+    """SafeGen's triples and DUO's pairs: the random pipeline draws nothing that trips NudeNet.
+
+    Nor does it say what is safe, so that EraseFlow's anchor is the prompt itself.
+    """
+    def replace(module, name, count):
+        def prepare(job, prompts, benign, labels):
+            job.data = [torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(k))
+                        for k in range(count)]
+        edit = dataclasses.replace(getattr(module, name), prepare=prepare)
+        monkeypatch.setattr(module, name, edit)
+    replace(rivals.safegen, "SAFEGEN", 3)
+    replace(rivals.duo, "DUO", 2)
+    monkeypatch.setattr(rivals.eraseflow, "check_safe_text", lambda policy, prompts: None)
 
 
 # ---- what is trained -----------------------------------------------------------------------------
@@ -146,7 +159,7 @@ def test_extra_tensors_are_trained_checkpointed_and_saved_beside_the_weights(
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     main(options("toy", pipeline, "--save-every", "3", "--output-dir", whole))
     state = load_checkpoint(f"{whole}/checkpoints")
-    extra = load_file(f"{whole}/extra.safetensors")
+    extra = load_file(f"{whole}/checkpoints/extra.safetensors")
     assert set(extra) == {"toy.scale", "toy.shift"}
     assert all(torch.equal(extra[name], state["average"][name]) for name in extra)
     assert (state["weights"]["toy.scale"] > extra["toy.scale"]).all()
@@ -156,7 +169,8 @@ def test_extra_tensors_are_trained_checkpointed_and_saved_beside_the_weights(
 
     main(options("toy", pipeline, "--save-every", "3", "--iterations", "3", "--output-dir", cut))
     main(options("toy", pipeline, "--save-every", "3", "--output-dir", cut))        # resumes
-    assert left_by(cut, "extra.safetensors") == left_by(whole, "extra.safetensors")
+    extra_file = "checkpoints/extra.safetensors"
+    assert left_by(cut, extra_file) == left_by(whole, extra_file)
 
 
 def test_an_average_that_ramps_is_diffusers(pipeline, tmp_path, toy):
@@ -203,7 +217,7 @@ def test_sdd_and_safegen_clip_gradients_at_one_as_their_authors_do(
 
 def test_an_edit_without_extra_tensors_writes_none(pipeline, tmp_path):
     main(options("esd-x", pipeline, "--iterations", "1", "--output-dir", str(tmp_path)))
-    assert not os.path.exists(tmp_path / "extra.safetensors")
+    assert not os.path.exists(tmp_path / "checkpoints" / "extra.safetensors")
 
 
 # ---- settings and prompts ------------------------------------------------------------------------

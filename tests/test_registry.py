@@ -1,5 +1,6 @@
 """Rivals and attacks by their names: each is where the registry says, and of its kind."""
 import inspect
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from attacks import ATTACKS, Attack
 from model import Policy
 from plumbing.options import UserError
 from rivals.guiding import concept_words, steps_done
+from sample import choose_method
 
 TABLES = {"GUIDES": rivals.GUIDES, "SAMPLERS": rivals.SAMPLERS, "BLOCKERS": rivals.BLOCKERS,
           "EDITS": rivals.EDITS, "ATTACKS": ATTACKS}
@@ -23,7 +25,7 @@ ENTRIES = [(kind, name) for kind, table in TABLES.items() for name in table]
 @pytest.mark.parametrize("kind, name", ENTRIES)
 def test_every_name_leads_to_a_rival_with_its_kinds_signature(kind, name):
     rival = rivals.find(TABLES[kind], name, "--method")
-    if kind == "EDITS":
+    if kind == "EDITS" or isinstance(rival, rivals.Edit):       # an attack may be an edit
         assert isinstance(rival, rivals.Edit) and rival.paper
         assert list(inspect.signature(rival.step).parameters) == ["job", "prompts", "rng"]
     elif kind == "ATTACKS":
@@ -37,7 +39,43 @@ def test_every_name_leads_to_a_rival_with_its_kinds_signature(kind, name):
 @pytest.mark.parametrize("kind, name", ENTRIES)
 def test_every_file_opens_with_a_docstring(kind, name):
     rival = rivals.find(TABLES[kind], name, "--method")
-    assert inspect.getmodule(getattr(rival, "step", getattr(rival, "run", rival))).__doc__
+    rival = getattr(rival, "func", rival)               # of a preset
+    module = inspect.getmodule(getattr(rival, "step", getattr(rival, "run", rival)))
+    assert module.__name__.startswith(("rivals.", "attacks.", "model")) and module.__doc__
+
+
+def test_a_method_takes_settings_behind_its_name(pipeline):
+    """sld-medium(...) with strong's numbers is sld-strong, and so for a sampler and a blocker."""
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    policy, outputs = Policy(pipeline), []
+    policy.schedule(4, 1.)
+    for name in ("sld-medium", "sld-medium(warm_up=7 safety_scale=2000, threshold=.025 "
+                 "momentum_scale=.5 momentum_beta=.7)", "sld-strong"):
+        table, guide = rivals.find_method(name, "--method")
+        assert table is rivals.GUIDES and rivals.is_method(name)
+        predict = guide(policy, ["a dog"], 2.)
+        with torch.no_grad():
+            for t in policy.scheduler.timesteps:
+                output = predict(x, t)
+        outputs.append(output)
+    assert torch.equal(outputs[1], outputs[2]) and not torch.equal(outputs[0], outputs[2])
+    table, sampler = rivals.find_method("dual-latent(weight=.25)", "--method")
+    assert table is rivals.SAMPLERS and sampler.keywords == {"weight": .25}
+    assert rivals.find_method("sc-pro(radius=.1)", "--method")[0] is rivals.BLOCKERS
+    assert choose_method("dual-latent(weight=.25)").name == "dual-latent(weight=.25)"
+
+
+@pytest.mark.parametrize("text, said", [
+    ("dual-latent(speed=2)", "has no setting 'speed=2'; it takes switch=NUMBER, weight=NUMBER"),
+    ("dual-latent(weight=much)", "no setting 'weight=much'"),
+    ("dual-latent(weight=nan)", "no setting 'weight=nan'"),
+    ("dual-latent(start=1)", "no setting 'start=1'"),
+    ("plain(weight=1)", "plain has no setting 'weight=1'; it takes nothing"),
+    ("dual(weight=1)", "--method: dual is unknown"),
+])
+def test_a_setting_that_a_method_has_not_is_refused(text, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        rivals.find_method(text, "--method")
 
 
 @pytest.mark.parametrize("name", list(rivals.GUIDES))

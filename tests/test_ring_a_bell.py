@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import attacks.ring_a_bell
-from attacks.pairs import read_pairs
 from attacks.ring_a_bell import (
     breed,
     concept_vector,
@@ -17,6 +16,7 @@ from attacks.ring_a_bell import (
 from attacks.tokens import draw_integers, generators, legal_tokens
 from model import Policy
 from plumbing.options import UserError
+from plumbing.pairs import read_pairs
 from prompts import Prompt
 
 PAIRS = [("a large peach on a red background", "a large apple on a red background"),

@@ -16,7 +16,8 @@ from plumbing.plots import pixelate
 from prompts import read
 from reward import STRICT
 from rivals import Job
-from rivals.safegen import MOSAIC, prepare, safegen_loss, step, to_latents
+from rivals.editing import to_latents
+from rivals.safegen import MOSAIC, prepare, safegen_loss, step
 from sample import generate
 
 

@@ -84,7 +84,7 @@ def test_an_unknown_row_is_a_sentence_that_names_the_known_ones(tmp_path):
     ("name,method\na,plain\n", "has no column 'checkpoint'; its columns are name, method"),
     ("name,checkpoint,guide\na,base,plain\n", "has an unknown column 'guide'; known are name, ch"),
     (HEADER, "has no row"),
-    (HEADER + "a,base,magic,,\n", "line 2: method magic is unknown; give one of plain, negative"),
+    (HEADER + "a,base,magic,,\n", "line 2: method: magic is unknown; give one of plain, negative"),
     (HEADER + "a,base,,,\na,out/a,,,\n", "line 3 is the second row named 'a'; rename one"),
     (HEADER + "a,base+negative,sld-max,,\n", "line 2 names two methods, negative and sld-max"),
     (HEADER + "a,,,,\n", "line 2 has an empty checkpoint"),

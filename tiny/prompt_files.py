@@ -160,6 +160,20 @@ def as_csv(emoji, captions, category):
     return text.getvalue()
 
 
+def guard_pairs(emoji, captions):
+    """Each caption with its emoji's name, and with a trained harmless emoji's in its place: CSV."""
+    harmless = [e for e, one in enumerate(emoji) if not one.concept and one.split == "train"]
+    rng = np.random.default_rng(8)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["concept", "unsafe", "safe"])
+    for (e, *rest), hand in captions:
+        other = (int(rng.choice(harmless)), *rest)
+        table.writerow([emoji[e].name, text_of(emoji, (e, *rest), hand),
+                        text_of(emoji, other, hand)])
+    return text.getvalue()
+
+
 def write_prompts(args, drawings, device):
     """All prompt files, and the world.json that names them."""
     emoji = drawings.emoji
@@ -179,6 +193,8 @@ def write_prompts(args, drawings, device):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("unsafe", "safe"), *pairs[:20]])
     write(os.path.join(args.data, "concept_pairs.csv"), text.getvalue(), "--data")
+    write(os.path.join(args.data, "guard_pairs.csv"), guard_pairs(emoji, files["unsafe_train"][0]),
+          "--data")
     write_world(args.out, args.data)
 
 
@@ -196,6 +212,7 @@ def write_world(out, data):
         "clip": "clip",
         "judge": "judge",
         "concept_pairs": file("concept_pairs"),
+        "guard_pairs": file("guard_pairs"),
         "harmless": True,
         "training_files": {
             file(f"{word}_train"): {
