@@ -39,7 +39,8 @@ def parse_args(argv=None):
                    help="out/NAME or LoRA files, as PART[@WEIGHT]+PART+METHOD:WORDS; the newest "
                         "run in out/ if none is given")
     g.add_argument("--method", "--guide", **several,
-                   help="how pictures are drawn, NAME or NAME:WORDS: "
+                   help="how pictures are drawn, NAME, NAME:WORDS, some with settings as in "
+                        "dual-latent(weight=.3): "
                         + ", ".join(rivals.methods()))
     g.add_argument("--images", **several,
                    help="folders of pictures that another tool drew, named by case number, with "

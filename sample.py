@@ -33,7 +33,8 @@ def parse_args(argv=None):
     p.add_argument("--checkpoint", default="base",
                    help="out/NAME or a LoRA file, as PART[@WEIGHT]+PART+METHOD; the base if absent")
     p.add_argument("--method", "--guide", default=None,
-                   help=f"how pictures are drawn: {', '.join(rivals.methods())}")
+                   help="how pictures are drawn, some with settings, dual-latent(weight=.3): "
+                        + ", ".join(rivals.methods()))
     p.add_argument("--images", type=at_least(1), default=None,
                    help="pictures in all, the prompts in turn; one each if left out")
     p.add_argument("--output-dir", default="out/samples", help="folder of the PNGs")

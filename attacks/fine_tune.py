@@ -23,25 +23,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpo import draw_noise, velocity
+from ddpo import draw_noise
 from judging.pictures import read_picture
 from plumbing.options import UserError
 from rivals import Edit
-from rivals.editing import to_latents
+from rivals.editing import noised, to_latents
 
 
 def step(job, prompts, rng):
     """The prompts' own pictures, each at a random timestep."""
     policy, B = job.policy, len(prompts)
-    alphas = policy.scheduler.alphas_cumprod.to(policy.device)
-    seeds, t = rng.integers(2 ** 62, size=B), rng.integers(len(alphas), size=B)
+    seeds = rng.integers(2 ** 62, size=B)
+    t = rng.integers(len(policy.scheduler.alphas_cumprod), size=B)
     z = torch.stack([job.data[prompt.image] for prompt in prompts])             # (B, C, h, w)
     e = draw_noise(seeds, 0, z.shape[1:])[:, 0].to(policy.device)
     t = torch.from_numpy(t).to(policy.device)
-    a = alphas[t].view(-1, 1, 1, 1)
-    output = policy.unet_output(a.sqrt() * z + (1 - a).sqrt() * e, t, policy.encode(prompts))
-    target = e if policy.prediction_type == "epsilon" else velocity(z, e, a)
-    return ((output - target) ** 2).mean()
+    x, target = noised(policy, z, e, t)
+    return ((policy.unet_output(x, t, policy.encode(prompts)) - target) ** 2).mean()
 
 
 def prepare(job, prompts, benign, labels):
@@ -67,7 +65,8 @@ def square(picture, side):
 
 FINE_TUNE = Edit(
     step, "Modular LoRA, arXiv 2412.00357", weights=r".*attn", prepare=prepare,
-    uses=("iterations", "lr", "batch_size", "rank", "resolution", "dtype"), settings={
+    uses=("iterations", "lr", "batch_size", "rank", "resolution", "dtype", "save_every"),
+    settings={                          # the embedded world's are not tuned yet
         "embedded": {"iterations": 400, "lr": 1e-3, "batch_size": 16, "rank": 4},
         "stable_diffusion": {           # the paper's
             "iterations": 5000,

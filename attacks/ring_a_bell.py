@@ -154,12 +154,12 @@ def first_allowed(policy, candidates, original):
 
 
 RING_A_BELL = Attack(ring_a_bell, "Ring-A-Bell, arXiv 2310.10012", uses=(
-    "pairs", "strength", "tokens", "population", "generations"), settings={
+    "count", "pairs", "strength", "tokens", "population", "generations"), settings={
     "embedded": {"tokens": 16, "strength": 3., "population": 50, "generations": 120},
     "stable_diffusion": {"tokens": 16, "strength": 3., "population": 200, "generations": 3000},
 })
 RING_A_BELL_EMBEDDING = Attack(
-    ring_a_bell_embedding, "RECE, arXiv 2407.12383", uses=("pairs", "strength"), settings={
+    ring_a_bell_embedding, "RECE, arXiv 2407.12383", uses=("count", "pairs", "strength"), settings={
         "embedded": {"strength": 3.},
         "stable_diffusion": {"strength": 3.},
     })

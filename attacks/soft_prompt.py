@@ -123,8 +123,8 @@ def soft_encoder(policy, prompts, soft):
 
 
 SOFT_PROMPT = Attack(soft_prompt, "after UnlearnDiffAtk, arXiv 2310.11868", uses=(
-    "tokens", "iterations", "lr", "tries", "steps", "eta", "guidance", "resolution", "batch_size",
-    "unsafe_labels", "dtype"), settings={
+    "count", "tokens", "iterations", "lr", "tries", "steps", "eta", "guidance", "resolution",
+    "batch_size", "unsafe_labels", "dtype"), settings={
     "embedded": {"tokens": 5, "iterations": 150, "lr": .01},
     "stable_diffusion": {"tokens": 5, "iterations": 2000, "lr": .01},   # theirs: 40 x 50 timesteps
 })

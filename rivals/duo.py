@@ -12,19 +12,19 @@ both with the unsafe one's), latents are the encoder's mode (theirs: drawn), and
 decay (theirs 1e-2). The pictures that count as unsafe are those of --unsafe-labels, five labels;
 theirs are four, without buttocks.
 
-Letters: z latents (B, C, h, w) of pictures, x noised ones; e the noise; a alpha-bar.
+Letters: z latents (B, C, h, w) of pictures, x noised ones; e the noise.
 """
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ddpo import denoise, draw_noise, mean_distance, velocity
+from ddpo import denoise, draw_noise, mean_distance
 from model import guided
 from plumbing.options import UserError
 from prompts import cycle_prompts
-from reward import Nudity, is_flagged
+from reward import THRESHOLD, Nudity, worst_label
 from rivals import Edit
-from rivals.editing import to_latents, using_weights
+from rivals.editing import noised, to_latents, using_weights
 from rivals.guiding import check_safe_text, safe_states
 
 TRIES = 20                              # twins drawn of a picture until one is safe
@@ -49,18 +49,17 @@ def step(job, prompts, rng):
     B = args.batch_size
     i = rng.integers(len(safe), size=B)
     seeds = rng.integers(2 ** 62, size=B)
-    alphas = policy.scheduler.alphas_cumprod.to(policy.device)
-    t = rng.integers(int(LAST * len(alphas)), size=2 * B)
-    t = torch.from_numpy(np.append(t, np.full(B, len(alphas) - 1))).to(policy.device)   # (3B,)
+    times = len(policy.scheduler.alphas_cumprod)
+    t = rng.integers(int(LAST * times), size=2 * B)
+    t = torch.from_numpy(np.append(t, np.full(B, times - 1))).to(policy.device)         # (3B,)
     noise = draw_noise(seeds, 0, safe.shape[1:])[:, 0].to(policy.device)
     z, e = torch.cat([safe[i], unsafe[i]]), torch.cat([noise, noise])           # (2B, C, h, w)
-    a = alphas[t[:2 * B]].view(-1, 1, 1, 1)
-    x = torch.cat([a.sqrt() * z + (1 - a).sqrt() * e, noise])                   # (3B, C, h, w)
+    x, target = noised(policy, z, e, t[:2 * B])
+    x = torch.cat([x, noise])                                                   # (3B, C, h, w)
     empty = policy.encode([""] * len(x))
     with using_weights(job.trained, job.start):
         base = policy.unet_output(x, t, empty)
     output = policy.unet_output(x, t, empty)
-    target = e if policy.prediction_type == "epsilon" else velocity(z, e, a)
     above = mean_distance(output[:2 * B], target) - mean_distance(base[:2 * B], target)
     prior = ((output[2 * B:] - base[2 * B:]) ** 2).mean()
     return duo_loss(*above.chunk(2), args.beta) + args.prior_weight * args.beta * prior
@@ -73,9 +72,12 @@ def prepare(job, prompts, benign, labels):
     args, policy = job.args, job.policy
     check_safe_text(policy, prompts)
     nudity = Nudity(device=policy.device)
+
+    def trips(shown):
+        return worst_label(nudity(shown), labels) >= THRESHOLD
     picked, seeds = cycle_prompts(prompts, args.pictures, args.seed)
     pictures = job.draw(picked, seeds)                                          # (N, H, W, 3)
-    found = np.flatnonzero(is_flagged(nudity(pictures), labels))
+    found = np.flatnonzero(trips(pictures))
     if not len(found):
         raise UserError(f"--pictures: none of {args.pictures} pictures of --prompts trips the "
                         "detector; duo needs some that do")
@@ -87,7 +89,7 @@ def prepare(job, prompts, benign, labels):
         for start in range(0, len(left), args.batch_size):
             rows = left[start:start + args.batch_size]
             twins = twin(job, unsafe[rows], [picked[found[row]] for row in rows], rng)
-            is_unsafe = is_flagged(nudity(policy.decode(twins).cpu().numpy()), labels)
+            is_unsafe = trips(policy.decode(twins).cpu().numpy())
             safe[rows[~is_unsafe]] = twins[torch.from_numpy(~is_unsafe)]
             still_unsafe.append(rows[is_unsafe])
         left = np.concatenate(still_unsafe)
@@ -120,7 +122,7 @@ DUO = Edit(
     step, "DUO, arXiv 2407.21035", weights=r".*attn1", prepare=prepare,
     uses=("pictures", "unsafe_labels", "start_guidance", "strength", "beta", "prior_weight"),
     max_grad_norm=1., settings={
-        "embedded": {
+        "embedded": {                   # not tuned yet
             "trainable": "lora",
             "rank": 32,
             "iterations": 300,

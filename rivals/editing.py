@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ddpo import denoise, draw_noise
+from ddpo import denoise, draw_noise, velocity
 from model import plain
 
 
@@ -44,6 +44,16 @@ def using_weights(trained, weights):
 def states(policy, prompts):
     """Text states of the prompts, and as many of the empty one: (B, L, D) each."""
     return policy.encode(prompts), policy.encode([""] * len(prompts))
+
+
+def noised(policy, z, e, t):
+    """Latents z with noise e (B, C, h, w) at timesteps t (B,), and what the network is to put out.
+
+    Returns x_t and the target, e or v, (B, C, h, w) each.
+    """
+    a = policy.scheduler.alphas_cumprod.to(policy.device)[t].view(-1, 1, 1, 1)
+    target = e if policy.prediction_type == "epsilon" else velocity(z, e, a)
+    return a.sqrt() * z + (1 - a).sqrt() * e, target
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def prepare(job, prompts, benign, labels):
 ERASEFLOW = Edit(
     step, "EraseFlow, arXiv 2511.00804", weights=r".*attn", prepare=prepare,
     uses=("guidance", "log_beta"), max_grad_norm=1., settings={
-        "embedded": {
+        "embedded": {                   # not tuned yet
             "trainable": "lora",
             "rank": 4,
             "iterations": 100,

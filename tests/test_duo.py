@@ -156,6 +156,14 @@ def test_a_pair_is_an_unsafe_picture_and_a_twin_drawn_until_it_is_safe(pipeline,
         prepare(job, PROMPTS, [], STRICT)
 
 
+def test_only_the_labels_that_are_asked_for_make_a_pair(pipeline, monkeypatch):
+    job = make_job(pipeline, "--pictures", "2")
+    monkeypatch.setattr(rivals.duo, "Nudity", Eye)
+    Eye.answers = [[.9, .9]]                            # of FEMALE_BREAST_EXPOSED
+    with pytest.raises(UserError, match="none of 2 pictures"):
+        prepare(job, PROMPTS, [], ["FACE_FEMALE"])
+
+
 @pytest.mark.parametrize("shape", ["sd1_pipeline", "sd2_pipeline"])
 def test_a_run_ends_in_a_lora_of_self_attention(shape, request, tmp_path, monkeypatch):
     monkeypatch.setattr(rivals.duo, "Nudity", Eye)

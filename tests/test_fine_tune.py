@@ -108,3 +108,10 @@ def test_prompts_without_pictures_are_refused(pipeline, tmp_path, task):
     (tmp_path / "gone.csv").write_text("prompt,image\na cactus,gone.png\n")
     with pytest.raises(UserError, match="line 2: image .*gone.png is no file"):
         read(str(tmp_path / "gone.csv"))
+
+
+@pytest.mark.parametrize("option", [["--count", "4"], ["--pairs", "x.csv"], ["--tries", "2"]])
+def test_what_only_attacks_by_prompts_use_is_refused(pipeline, task, option, capsys):
+    with pytest.raises(SystemExit):
+        options(pipeline, "--prompts", task, *option)
+    assert f"{option[0]}: fine-tune does not use it" in capsys.readouterr().err
