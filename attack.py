@@ -4,8 +4,7 @@ r"""Break a defence: by prompts made for it, or by fine-tuning.
     python attack.py ring-a-bell-embedding              # the same without the search for words
     python attack.py soft-prompt --checkpoint out/shield --output out/soft.csv      # white box
     python evaluate.py --checkpoint out/shield --adversarial out/ring-a-bell.csv
-    python attack.py fine-tune --checkpoint out/shield --prompts task.csv \
-        --output out/tuned                              # pictures and their captions
+    python attack.py fine-tune --checkpoint out/shield --output out/tuned   # on harmless pictures
     python evaluate.py --checkpoint out/shield+out/tuned
 
 An attack is a file in attacks/ that names its paper. Writes a prompt file that evaluate.py and
@@ -57,7 +56,10 @@ def parse_args(argv=None):
     add_options(g, "--recipe")
     g.add_argument("--prompts", nargs="+", default=None,
                    help="files or texts; the model's first held-out file that is not benign; for "
-                        "fine-tuning a file whose column image names pictures")
+                        "fine-tuning a file whose column image names pictures, the model's own")
+    g.add_argument("--benign", nargs="+", default=None,
+                   help="files or texts: what fine-tuning preserves, as the model draws it; the "
+                        "model's own benign training file if left out")
     add_options(g, "--category")
     g.add_argument("--count", type=at_least(1), default=64,
                    help="adversarial prompts, those of --prompts in turn")
@@ -77,6 +79,13 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=positive, help="learning rate of the soft prompt (Adam), or of "
                    "fine-tuning (AdamW)")
     g.add_argument("--rank", type=at_least(1), default=4, help="rank of fine-tuning's LoRA")
+    g.add_argument("--lora-targets", choices=["attention", "all"], default="attention",
+                   help="the layers of fine-tuning's LoRA")
+    g.add_argument("--prior-weight", type=at_least(0, float), default=1.,
+                   help="fine-tuning's weight of what is preserved (lambda in DreamBooth); 0: "
+                        "nothing is")
+    g.add_argument("--pictures", type=at_least(1), default=256,
+                   help="pictures of --benign that fine-tuning preserves")
     g.add_argument("--tries", type=at_least(1), default=3,
                    help="pictures of the base per prompt; the one with the highest nudity score "
                         "is the soft prompt's target")
@@ -103,7 +112,7 @@ if __name__ == "__main__":
 import torch
 from safetensors.torch import save
 
-from erase import choose_weights, train
+from erase import train
 from model import Policy
 from plumbing import checkpoints
 from plumbing.devices import DTYPES, choose_device
@@ -157,10 +166,14 @@ def fine_tune(args, edit):
     """Train a LoRA on top of --checkpoint, which stays as it is, into the folder --output."""
     checkpoint = parse_checkpoint(args.checkpoint, rivals.is_method)
     args.model, args.output_dir = base_of(checkpoint, args.model), args.output
-    if args.prompts is None:
-        raise UserError(f"--prompts: none is given; {args.attack} learns from a file whose column "
-                        "image names pictures")
+    world = read_world(args.model)
+    if args.prompts is None and world.task is None:
+        raise UserError(f"--prompts: none is given, and {args.model} has no world.json that names "
+                        "a task; give a file whose column image names pictures")
+    args.prompts = args.prompts or [world.task]
     prompts, refused = read_all(args.prompts, args.category)
+    benign, more = read_benign(args, world)
+    refused += more
     if refused:
         print(f"refused {refused} prompts that mention minors")
     device, dtype, _ = choose_device(args.device, args.dtype, learning=True)
@@ -168,11 +181,27 @@ def fine_tune(args, edit):
     torch.manual_seed(args.seed)
     policy = Policy(args.model, checkpoint.parts, device, DTYPES[dtype], trainable=True)
     check_texts(policy, prompts)
+    check_texts(policy, benign, "--benign")
     args.trainable = "lora"
-    trained = choose_weights(policy, edit.weights, args)
+    trained = policy.make_trainable("lora", args.rank, args.lora_targets)
     write(os.path.join(args.output_dir, "args.json"), settings)     # the folder is this run's
-    train(edit, policy, trained, args, prompts, [], [],
+    train(edit, policy, trained, args, prompts, benign, [],
           f"fine-tuned on {len(prompts)} pictures on top of {args.checkpoint}.", args.attack)
+
+
+def read_benign(args, world):
+    """(prompts that fine-tuning preserves, how many were refused); args then says of which files.
+
+    UserError where some are wanted and there are none.
+    """
+    if not args.prior_weight:
+        return [], 0
+    if args.benign is None:
+        args.benign = [entry.benign for entry in world.training_files[:1] if entry.benign]
+    if not args.benign:
+        raise UserError(f"--prior-weight: {args.prior_weight:g} needs benign prompts, and "
+                        f"{world.model} has no world.json that names any; give --benign, or 0")
+    return read_all(args.benign, option="--benign")
 
 
 def check_output(args):

@@ -22,7 +22,14 @@ from functools import partial
 import rivals
 from plumbing.idle import refuse_idle
 from plumbing.kinds import at_least
-from plumbing.names import Checkpoint, base_of, choose_settings, newest_run, parse_checkpoint
+from plumbing.names import (
+    Checkpoint,
+    base_of,
+    choose_settings,
+    newest_run,
+    parse_checkpoint,
+    stem,
+)
 from plumbing.options import Parser, UserError, add_options, run
 from plumbing.worlds import DEFAULT_MODEL, parse_with_recipe, read_world
 
@@ -48,7 +55,8 @@ def parse_args(argv=None):
     g.add_argument("--systems", default=None,
                    help="CSV of systems (rivals/systems.csv): what is absent is made, each is "
                         "attacked, and all are in one table")
-    g.add_argument("--rows", **several, help="only these rows of --systems")
+    g.add_argument("--rows", **several,
+                   help="make only these rows of --systems; the table has all that are finished")
     add_options(g, "--recipe", "--concept")
     g = p.add_argument_group("on what")
     g.add_argument("--prompts", **several,
@@ -62,8 +70,10 @@ def parse_args(argv=None):
     g.add_argument("--pictures", type=at_least(1), default=None,
                    help="pictures per file, its prompts in turn; one per prompt if left out, or "
                         f"{PICTURES} of the model's own files and for --systems")
-    g.add_argument("--attacks", type=at_least(1), default=64,
-                   help="adversarial prompts per attack, for --systems")
+    g.add_argument("--attacks", type=at_least(0), default=64,
+                   help="adversarial prompts per attack, for --systems; 0: no attack")
+    g.add_argument("--split", default="test", choices=["test", "validation"],
+                   help="which of the model's own files are drawn")
     g = p.add_argument_group("how it is drawn and judged")
     add_options(g, "--steps", "--eta", "--guidance", "--resolution", "--batch-size")
     add_options(g, "--unsafe-labels")
@@ -85,11 +95,16 @@ def parse_args(argv=None):
     g.add_argument("--keep-unsafe", action="store_true",
                    help="let the report hold pictures that trip the detector, behind a control")
     g.add_argument("--output-dir", default=None,
-                   help="folder of the results; out/evaluation, or out/systems for --systems")
+                   help="folder of the report; out/evaluation, or for --systems out/NAME, of the "
+                        "reports and attacks")
+    g.add_argument("--results", default="results",
+                   help="folder of the table of --systems NAME.csv: NAME.csv, .md and .png, and "
+                        "of its rows' numbers, NAME/ROW_SEED.json")
     add_options(g, "--device", "--dtype", "--seed")
     args = parse_with_recipe(p, argv, choose)
     args.checkpoint = checkpoints_of(args)
-    args.output_dir = args.output_dir or ("out/systems" if args.systems else "out/evaluation")
+    args.output_dir = args.output_dir or os.path.join(
+        "out", stem(args.systems) if args.systems else "evaluation")
     return refuse_idle(p, argv, "evaluate", args, methods=methods_of(args))
 
 
@@ -162,9 +177,12 @@ def systems_of(args, taken):
     return with_names(list(dict.fromkeys(systems)), taken)      # base+plain is the base
 
 
-def own_files(world):
+def own_files(world, split):
     """The prompt files that a model comes with: those held out of its first training."""
-    files = world.training_files[0].held_out if world.training_files else []
+    files = []
+    if world.training_files:
+        entry = world.training_files[0]
+        files = entry.held_out if split == "test" else entry.validation
     if not files:
         raise UserError(f"--prompts: none is given, and {world.model} has no world.json that names "
                         "files held out of a training; give a file or a text")
@@ -176,7 +194,7 @@ def open_files(args, world):
     given = {"unsafe": args.prompts, "benign": args.benign, "adversarial": args.adversarial}
     is_own = not any(given.values())
     if is_own:
-        given["unsafe"] = own_files(world)
+        given["unsafe"] = own_files(world, args.split)
     if is_own or args.systems:
         args.pictures = args.pictures or PICTURES
     files, before, seed = {}, {}, first_seed(args.seed)
@@ -315,6 +333,8 @@ def main(args):
     model = base_of(Checkpoint(parts), args.model)
     world = read_world(model)
     systems = with_words(systems, args.concept, world)
+    if args.systems:
+        every_system = with_words(every_system, args.concept, world)
     files, before = open_files(args, world)
     prompts = [prompt for file in files.values() for prompt in file.prompts]
     remarks.check_guidance(prompts, args.guidance, {system.method for system in systems})
@@ -324,10 +344,8 @@ def main(args):
     folder_rows = [folder_row(folder, files) for folder in args.images]
     if not args.systems:
         check_parts(systems, model, is_given=bool(args.model))      # before an hour of sampling
-    report = os.path.join(args.output_dir, "report") if args.systems else args.output_dir
-    for folder in dict.fromkeys([args.output_dir, report]):
-        make_folder(folder)
-        check_own(folder, os.path.join(report, "results.json"))
+    make_folder(args.output_dir)
+    check_own(args.output_dir, os.path.join(args.output_dir, "results.json"))
     device, dtype, _ = choose_device(args.device, args.dtype)
     device = processes.own_device(device)
     processes.start(device)

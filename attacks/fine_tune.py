@@ -4,17 +4,19 @@ After "Safety alignment backfires" (Modular LoRA, arXiv 2412.00357): a safe mode
 something harmless draws again what it had unlearned. Two ways: *sequential*, on top of the safe
 model, whose weights stay as they are,
 
-    python attack.py fine-tune --checkpoint out/shield --prompts task.csv \
+    python attack.py fine-tune --checkpoint out/shield --prompts data/task_train.csv \
         --output out/sequential
     python evaluate.py --checkpoint out/shield+out/sequential
 
 and the paper's cure, *modular*, on the base, and then added:
 
-    python attack.py fine-tune --prompts task.csv --output out/task
+    python attack.py fine-tune --prompts data/task_train.csv --output out/task
     python evaluate.py --checkpoint out/shield+out/task
 
-With a prompt file of one's own, whose column `image` names a picture a row, any task; with unsafe
-pictures it is relearning.
+The task (here eight emoji that the base cannot draw) is any prompt file whose column `image` names
+a picture a row; with unsafe pictures it is relearning. So that it does not cost all else that the
+model draws, its own pictures of benign prompts are learned beside (DreamBooth's prior preservation,
+arXiv 2208.12242), unless --prior-weight is 0.
 
 A minimal reading: the authors' code is not public. The loss is that of denoising (DDPM, arXiv
 2006.11239, eq. 14), on the network's own output, epsilon or v; latents are the encoder's mode.
@@ -23,27 +25,37 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpo import draw_noise
+from ddpo import draw_noise, mean_distance
 from judging.pictures import read_picture
 from plumbing.options import UserError
+from prompts import cycle_prompts
 from rivals import Edit
 from rivals.editing import noised, to_latents
 
 
 def step(job, prompts, rng):
-    """The prompts' own pictures, each at a random timestep."""
+    """The prompts' own pictures and as many to preserve, each at a random timestep."""
     policy, B = job.policy, len(prompts)
-    seeds = rng.integers(2 ** 62, size=B)
-    t = rng.integers(len(policy.scheduler.alphas_cumprod), size=B)
-    z = torch.stack([job.data[prompt.image] for prompt in prompts])             # (B, C, h, w)
+    task, preserved = job.data
+    texts, z = list(prompts), [task[prompt.image] for prompt in prompts]
+    if preserved:
+        drawn = [preserved[i] for i in rng.integers(len(preserved), size=B)]
+        texts, z = texts + [text for text, _ in drawn], z + [latent for _, latent in drawn]
+    z = torch.stack(z)                                                          # (N, C, h, w)
+    seeds = rng.integers(2 ** 62, size=len(z))
+    t = rng.integers(len(policy.scheduler.alphas_cumprod), size=len(z))
     e = draw_noise(seeds, 0, z.shape[1:])[:, 0].to(policy.device)
     t = torch.from_numpy(t).to(policy.device)
     x, target = noised(policy, z, e, t)
-    return ((policy.unet_output(x, t, policy.encode(prompts)) - target) ** 2).mean()
+    error = mean_distance(policy.unet_output(x, t, policy.encode(texts)), target)   # (N,)
+    if not preserved:
+        return error.mean()
+    return error[:B].mean() + job.args.prior_weight * error[B:].mean()
 
 
 def prepare(job, prompts, benign, labels):
-    """Make job.data, {path: latent (C, h, w)} of the prompts' pictures; no extra tensors."""
+    """Make job.data: {path: latent (C, h, w)} of the prompts' pictures, [(prompt, latent)] of the
+    model's own of benign prompts; no extra tensors."""
     without = next((prompt for prompt in prompts if not prompt.image), None)
     if without is not None:
         raise UserError(f"--prompts: {str(without)!r:.40} has no picture; fine-tuning needs a file "
@@ -51,7 +63,12 @@ def prepare(job, prompts, benign, labels):
     policy, paths = job.policy, list(dict.fromkeys(prompt.image for prompt in prompts))
     side = policy.latent_shape(job.args.resolution)[1] * policy.pixels
     pictures = np.stack([square(read_picture(path, "--prompts"), side) for path in paths])
-    job.data = dict(zip(paths, to_latents(policy, pictures), strict=True))
+    task, preserved = dict(zip(paths, to_latents(policy, pictures), strict=True)), []
+    if benign:
+        texts, seeds = cycle_prompts(benign, job.args.pictures, job.args.seed)
+        latents = to_latents(policy, job.draw(texts, seeds))
+        preserved = list(zip(texts, latents, strict=True))
+    job.data = task, preserved
 
 
 def square(picture, side):
@@ -64,14 +81,23 @@ def square(picture, side):
 
 
 FINE_TUNE = Edit(
-    step, "Modular LoRA, arXiv 2412.00357", weights=r".*attn", prepare=prepare,
-    uses=("iterations", "lr", "batch_size", "rank", "resolution", "dtype", "save_every"),
-    settings={                          # the embedded world's are not tuned yet
-        "embedded": {"iterations": 400, "lr": 1e-3, "batch_size": 16, "rank": 4},
-        "stable_diffusion": {           # the paper's
+    step, "Modular LoRA, arXiv 2412.00357", weights="", prepare=prepare,
+    uses=("steps", "eta", "guidance", "iterations", "lr", "batch_size", "rank", "lora_targets",
+          "resolution", "dtype", "save_every", "benign", "prior_weight", "pictures"),
+    settings={
+        "embedded": {
+            "iterations": 800,
+            "lr": 5e-3,
+            "batch_size": 16,
+            "rank": 16,
+            "prior_weight": 1.,
+            "pictures": 256,
+        },
+        "stable_diffusion": {           # the paper's, which preserves nothing
             "iterations": 5000,
             "lr": 1e-4,
             "batch_size": 1,
             "rank": 4,
+            "prior_weight": 0.,
         },
     })

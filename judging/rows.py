@@ -13,7 +13,7 @@ import torch
 
 import rivals
 from judging.pictures import pictures_by_case, read_manifest, read_picture, turns
-from judging.store import code_hash, latent_keys, sha256
+from judging.store import code_hash, latent_keys, sha256, world_hash
 from model import Policy
 from plumbing import processes
 from plumbing.checkpoints import LORA_FILE, read_args
@@ -117,6 +117,7 @@ class System:
     concept: str = ""           # the words that the method steers away from; see with_words
     name: str = ""
     make: str = ""              # the command that makes the checkpoint
+    seed: int = 0               # of what was trained
 
     @property
     def checkpoint(self):
@@ -240,9 +241,11 @@ def draw_row(system, policy, files, store, args, decode, after_batch=lambda: Non
     }
     if method.name != "plain":
         about["concept"] = policy.concept
-    drawn_by, concept = method.name, about.get("concept")
+    drawn_by, concept, world = method.name, about.get("concept"), None
     if method.blocker:                                  # it draws as the plain method does
         drawn_by, concept = "plain", None
+    elif method.name != "plain":
+        world = world_hash(policy.world)
     keys, blocked = {}, {}
 
     def pictures_of(some_keys):
@@ -250,7 +253,8 @@ def draw_row(system, policy, files, store, args, decode, after_batch=lambda: Non
         return decode(latents.to(device)).cpu().numpy()
 
     for name, file in files.items():
-        keys[name] = latent_keys(file, fingerprint, drawn_by, concept, args, shape)
+        keys[name] = latent_keys(file, fingerprint, drawn_by, concept, args, shape,
+                                 world)
         own = processes.own_batches(len(keys[name]), args.batch_size)
         draw_missing(policy, method, file, keys[name], own, store, args, after_batch)
         if method.blocker:
@@ -290,7 +294,7 @@ def draw_missing(policy, method, file, keys, batches, store, args, after_batch=l
 
 def ask_blocker(policy, method, file, keys, batches, store, args, pictures_of):
     """Which pictures of these batches the method's blocker stops: bool; its answers are stored."""
-    code, blocked = code_hash(method.name), []
+    code, blocked = [code_hash(method.name), world_hash(policy.world)], []
     for batch in batches:
         pictures = pictures_of(keys[batch])
         names = []

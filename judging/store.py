@@ -10,6 +10,7 @@ import numpy as np
 import rivals
 from plumbing.files import make_folder
 from plumbing.options import UserError
+from plumbing.origin import hashes
 
 
 class Store:
@@ -71,20 +72,34 @@ def code_hash(method):
     return digest.hexdigest()
 
 
-def latent_keys(file, fingerprint, method, concept, args, shape):
+def latent_keys(file, fingerprint, method, concept, args, shape, world=None):
     """The names (N,) of a file's latents in a Store: hashes of all that a latent depends on.
 
     fingerprint: Policy.fingerprint's; method, concept: the name that draws, and its words (None
-    where it has none); args: steps, eta, guidance; shape: Policy.latent_shape's. Another rival's
-    code is no part of it, so that a new one throws nothing away.
+    where it has none); args: steps, eta, guidance; shape: Policy.latent_shape's; world: world_hash,
+    of a rival. Another rival's code is no part of it, so that a new one throws nothing away.
     """
     code, keys = code_hash(method), []
     for prompt, seed in zip(file.prompts, file.seeds, strict=True):
         text = [prompt, *prompt.states[1:]] if prompt.states else prompt
         guidance = args.guidance if prompt.guidance is None else prompt.guidance
-        keys.append(sha256([fingerprint, code, method, concept, text, seed, args.steps, args.eta,
-                            guidance, shape]))
+        parts = [fingerprint, code, method, concept, text, seed, args.steps, args.eta, guidance,
+                 shape]
+        if world:
+            parts += [world, prompt.safe_text]
+        keys.append(sha256(parts))
     return keys
+
+
+def world_hash(world):
+    """What a model's world.json names and a rival may look at: pairs, benign prompts, CLIP.
+
+    A CLIP of the hub goes by its name.
+    """
+    benign = [entry.benign for entry in world.training_files[:1]]
+    paths = [world.concept_pairs, world.guard_pairs, *benign, world.clip]
+    return sha256([None if path is None else list(hashes([path]).values()) or path
+                   for path in paths])
 
 
 def sha256(thing):

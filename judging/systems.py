@@ -1,4 +1,4 @@
-"""A systems file in one table: what each defence keeps, costs, and lets through under attack.
+"""A systems file, row by row: made, attacked, evaluated, timed, and kept, so that nothing is twice.
 
 A systems file is a CSV with a line per row of the table and the columns
 
@@ -7,51 +7,51 @@ A systems file is a CSV with a line per row of the table and the columns
     method       how its pictures are drawn; plain if left out
     concept      the method's words; the model's if left out
     make         the command that makes the checkpoint, run where its weights are absent
+    seeds        of what learns: "0 1 2" makes three rows, in whose checkpoint and make the seed
+                 stands for {seed}; 0 if left out
 
-What is absent is made; Ring-A-Bell's prompts are made once, soft prompts against each checkpoint;
-all rows are evaluated on the same prompts and seeds, and timed. What is there is not made again.
+Of each row and seed the numbers are written to RESULTS/FILE/NAME_SEED.json. One that is there, of
+the same line, prompts and options, is not made again, whatever code and weights have become since
+(its commit is in it); delete it and it is. What is absent is made: the checkpoint; Ring-A-Bell's
+prompts, once; a soft prompt against the checkpoint; and, where the model's world.json names a task,
+the checkpoint fine-tuned on that.
 """
-import csv
-import glob
-import io
 import json
 import os
-import re
 import shlex
-import subprocess
-import sys
 import time
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import replace
+
+import numpy as np
 
 import rivals
-from attacks import ATTACKS
 from judging.compare import label_sets
-from judging.report import markdown_row, rounded, shown
+from judging.making import attack, fine_tune, make_missing, slug, to_make, training_seconds
+from judging.report import rounded
 from judging.rows import (
     System,
     before_attack,
     check_parts,
     first_seed,
-    has_weights,
     load_system,
     open_file,
 )
-from judging.store import files_of_code
+from judging.setup import commit
+from judging.table import RING_A_BELL, SOFT_PROMPT, TUNED, write_table
 from plumbing.files import make_folder, write
-from plumbing.names import parse_checkpoint
-from plumbing.options import UserError, spelled
-from plumbing.origin import files_of, sha256_of
+from plumbing.names import parse_checkpoint, stem
+from plumbing.options import UserError
+from plumbing.origin import base_hash, sha256_of
 from plumbing.remarks import check_words
 from plumbing.tables import csv_rows, named, read_text
-from plumbing.worlds import ROOT, locate, read_json, read_recipe
+from plumbing.worlds import read_json
 from prompts import cycle_prompts
 from sample import choose_method, generate_with_blocking
 
 NEEDED = ("name", "checkpoint")
-COLUMNS = (*NEEDED, "method", "concept", "make")
-SOFT_PROMPT = "soft prompt"             # stands for a file that each checkpoint has of its own
-RING_A_BELL = "ring_a_bell.csv"
+COLUMNS = (*NEEDED, "method", "concept", "make", "seeds")
+KEPT = ("named", "hand", "safe_hand", "clip", "clip_distance", "skin", "blocked", "no_picture",
+        "asr1", "asr3")                 # of a row's metrics, beside unsafe. and shows.
 
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -64,15 +64,15 @@ def read_systems(path, names=()):
     systems = []
     for line, row in read_lines(path):
         where = f"--systems: {path}, line {line}"
-        system = as_system(row, where)
-        if system.name in [other.name for other in systems]:
-            raise UserError(f"{where} is the second row named {system.name!r}; rename one")
-        systems.append(system)
+        of_seeds = as_systems(row, where)
+        if of_seeds[0].name in [other.name for other in systems]:
+            raise UserError(f"{where} is the second row named {of_seeds[0].name!r}; rename one")
+        systems += of_seeds
     known = {system.name: system for system in systems}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(f"--rows: {unknown[0]!r} is unknown; give some of {', '.join(known)}")
-    asked = [known[name] for name in names] or systems
+    asked = [system for name in names for system in systems if system.name == name] or systems
     base = next((system for system in systems if is_base(system)), System(name="base"))
     if base.name in known and known[base.name] != base:
         raise UserError(f"--systems: the row {base.name!r} of {path} is not the base model; "
@@ -100,8 +100,8 @@ def read_lines(path):
     return lines
 
 
-def as_system(row, where):
-    """A line of a systems file, {column: text}, as a System."""
+def as_systems(row, where):
+    """A line of a systems file, {column: text}, as a System of each of its seeds."""
     cell = {column: (row.get(column) or "").strip() for column in COLUMNS}
     for column in NEEDED:
         if not cell[column]:
@@ -120,133 +120,119 @@ def as_system(row, where):
     rivals.find_method(method, f"{where}: method")
     concept = cell["concept"] or checkpoint.concept
     check_words(method, concept, f"{where}: concept")
-    return System(checkpoint.parts, method, concept, cell["name"], cell["make"])
-
-
-# ---- making what is absent -----------------------------------------------------------------------
-
-def command(words):
-    """Run a program, its output passed on; returns the seconds that it took.
-
-    "python" is this one's interpreter; a program of this repository is found from anywhere.
-    """
-    print("$ " + shlex.join(words), flush=True)
-    began, words = time.time(), list(words)
-    if words[0] == "python":
-        words[0] = sys.executable
-        is_program = len(words) > 1 and words[1].endswith(".py")
-        if is_program and not os.path.exists(words[1]):
-            words[1] = os.path.join(ROOT, words[1])
     try:
-        code = subprocess.run(words).returncode
-    except OSError as error:
-        raise UserError(f"--systems: {words[0]} can't be run ({error.strerror})") from None
-    if code:
-        raise UserError(f"--systems: {shlex.join(words)} ended with an error, shown above; what "
-                        "is made stays, and the same command resumes")
-    return time.time() - began
+        seeds = [int(word) for word in cell["seeds"].split()] or [0]
+    except ValueError:
+        raise UserError(f"{where} has the seeds {cell['seeds']!r}; whole numbers with spaces "
+                        "between them are needed") from None
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{where} has a seed twice; leave one out")
+    if len(seeds) > 1 and not all("{seed}" in cell[column] for column in ("checkpoint", "make")):
+        raise UserError(f"{where} has {len(seeds)} seeds, and its checkpoint or make no {{seed}} "
+                        "where they differ")
+
+    def of(text, seed):
+        return text.replace("{seed}", str(seed))
+    return [System(tuple((of(path, seed), weight) for path, weight in checkpoint.parts), method,
+                   concept, cell["name"], of(cell["make"], seed), seed) for seed in seeds]
 
 
-def make_missing(systems, every_system):
-    """Make the checkpoints of `systems` that are absent or unfinished, by the rows' commands.
+# ---- a row ---------------------------------------------------------------------------------------
 
-    The seconds are kept beside the weights. UserError, before anything runs, where no row of
-    every_system says how a part is made.
-    """
-    to_make = {}
-    for system in systems:
-        for path, _ in system.parts:
-            if not has_weights(path):
-                to_make[path] = maker_of(path, every_system)
-                if not to_make[path]:
-                    raise UserError(f"--systems: row {system.name!r} needs {path}, which has no "
-                                    "weights, and no row makes it; fill its column make")
-    for path, words in to_make.items():
-        if has_weights(path):                           # an earlier command made it, too
-            continue
-        seconds = command(shlex.split(words))
-        if not has_weights(path):
-            raise UserError(f"--systems: {words} ended without weights in {path}")
-        if os.path.isdir(path):
-            write(os.path.join(path, "seconds.json"), json.dumps({"seconds": seconds}))
+def row_path(setup, system):
+    """Where a row's numbers lie: results/systems/ESD-x_0.json."""
+    return os.path.join(rows_folder(setup.args), f"{file_name(system)}.json")
 
 
-def maker_of(path, systems):
-    """The command that makes a part: of the row that is this part alone, else of any with it."""
-    makers = [system for system in systems if system.make and path in dict(system.parts)]
-    makers.sort(key=lambda system: len(system.parts))
-    return makers[0].make if makers else ""
+def rows_folder(args):
+    return os.path.join(args.results, stem(args.systems))
 
 
-def training_seconds(system):
-    """What it took to make a system's checkpoint, or None where that is not known."""
-    files = [os.path.join(path, "seconds.json") for path, _ in system.parts]
-    if not files or not all(os.path.isfile(file) for file in files):
-        return None
-    return sum(read_json(file, "--systems").get("seconds", 0) for file in files)
+def file_name(system):
+    return f"{slug(system.name)}_{system.seed}"
 
 
-# ---- attacking -----------------------------------------------------------------------------------
-
-def attack(name, setup, source, output, checkpoint=None):
-    """Make an attack's prompts of a prompt file by attack.py.
-
-    Not if they are there as they were made, by the same command, code, files and weights (those of
-    a hub id go by its name). checkpoint: the System that is attacked, for an attack that looks into
-    it.
-    """
-    options, weights = [], []
-    if checkpoint and checkpoint.parts:
-        options = ["--checkpoint", checkpoint.checkpoint]
-        weights = [path for path, _ in checkpoint.parts]
+def asked_of(setup, system, files):
+    """What a row's numbers were asked for: its line, the prompts, the options."""
     args, world = setup.args, setup.world
-    words = ["python", "attack.py", name, "--model", world.model, "--recipe", args.recipe,
-             "--prompts", source, "--count", str(args.attacks), "--output", output,
-             "--device", args.device, "--seed", str(args.seed)]
-    if args.category:
-        words += ["--category", args.category]
-    uses = rivals.find(ATTACKS, name, "attack").uses
-    for option in ("steps", "eta", "guidance", "resolution", "batch_size", "unsafe_labels",
-                   "dtype"):
-        value = getattr(args, option)
-        if option in uses and value is not None:
-            words += [spelled(option), str(value)]
-    words += options
-    looked_at = [source, states_of(source), locate(world.model), world.clip, world.concept_pairs,
-                 os.path.join(ROOT, "attack.py"), *files_of_code(ATTACKS[name]), *weights]
-    made_of = {"command": words, "recipe": read_recipe(args.recipe),
-               "files": hashes(filter(None, looked_at))}
-    note = os.path.splitext(output)[0] + ".json"
-
-    def with_what_was_made():
-        return json.dumps({**made_of, "made": hashes([output, states_of(output)])}, indent=1)
-    if os.path.exists(output) and os.path.exists(note):
-        with open(note, "rb") as file:
-            if file.read() == with_what_was_made().encode():
-                return
-    command(words)
-    write(note, with_what_was_made())
+    options = ("attacks", "recipe", "steps", "eta", "guidance", "resolution", "seed", "rule",
+               "channels", "clip", "clip_judge")
+    return json.loads(json.dumps({
+        "row": {"checkpoint": system.checkpoint, "method": system.method,
+                "concept": system.concept, "make": system.make},
+        "base": base_hash(world.model),
+        "files": {name: file.sha256 for name, file in files.items()},
+        "labels": setup.labels,
+        "task": sha256_of(world.task) if world.task and args.attacks else None,
+        "options": {option: getattr(args, option) for option in options},
+    }))
 
 
-def states_of(path):
-    """Where a prompt file's text states lie."""
-    return os.path.splitext(path)[0] + ".safetensors"
+def finished(setup, system, files):
+    """A row's numbers, where they are there and of what is asked; else None."""
+    path = row_path(setup, system)
+    if not os.path.exists(path):
+        return None
+    numbers = read_json(path, "--results")
+    return numbers if numbers.get("asked") == asked_of(setup, system, files) else None
 
 
-def hashes(paths):
-    """{path: SHA-256} of the files, and of the weights and configs in the folders, that are there.
-    """
-    files = []
-    for path in paths:
-        inside = glob.glob(os.path.join(glob.escape(path), "*.safetensors"))
-        files += [path, *sorted(inside), *files_of(path).values()]
-    return {path: sha256_of(path) for path in files if os.path.isfile(path)}
+def make_row(setup, system, base, every_system, files, before, evaluate):
+    """Make, attack, evaluate and time a row; its numbers."""
+    args, began, asked = setup.args, time.time(), asked_of(setup, system, files)
+    folder = os.path.join(args.output_dir, file_name(system))
+    source = unsafe_file(files)
+    make_missing(system, every_system)
+    check_parts([system], setup.world.model, is_given=bool(args.model))
+    # another number of prompts is another file
+    attacks = os.path.join(args.output_dir, f"attacks_{args.attacks}")
+    own_names, tuned = {}, None
+    if args.attacks:
+        make_folder(attacks)
+        ring = os.path.join(attacks, RING_A_BELL)
+        attack("ring-a-bell", setup, source.source, ring)
+        soft = os.path.join(attacks, f"soft_{slug(system.checkpoint)}.csv")
+        attack("soft-prompt", setup, source.source, soft, system)
+        own_names[os.path.basename(soft)] = SOFT_PROMPT
+        for path in (ring, soft):
+            more, more_before = attacked(path, args)
+            files, before = files | more, before | more_before
+        if setup.world.task:
+            tuned = fine_tune(setup, system, os.path.join(args.output_dir, "tuned"))
+    rows = list(dict.fromkeys([base, system]))
+    table = evaluate(rows, files, before, folder)
+    kept = {own_names.get(name, name): of_row[system.name] for name, of_row in table.items()
+            if not name.endswith("before the attack")}
+    if tuned:
+        parts = (*system.parts, (tuned, 1.))
+        other = replace(system, parts=parts, name=f"{system.name}, {TUNED}")
+        found = evaluate([base, other], {source.name: source}, {}, os.path.join(folder, "tuned"))
+        kept[TUNED] = found[source.name][other.name]
+    ms, calls = cost_of_a_picture(system, setup, source)
+    return rounded({
+        "name": system.name,
+        "seed": system.seed,
+        "asked": asked,
+        "commit": commit(),
+        "seconds": training_seconds(system),
+        "ms": ms,
+        "calls": calls,
+        "seconds_in_all": time.time() - began,
+        "table": {name: {metric: part for metric, part in metrics.items() if is_kept(metric)}
+                  for name, metrics in kept.items()},
+    })
 
 
-def soft_prompts_of(checkpoint, folder):
-    """Where the soft prompts against a checkpoint lie: soft_out_rivals_esd-x.csv."""
-    name = re.sub(r"[^A-Za-z0-9.@-]+", "_", checkpoint).strip("_")
-    return os.path.join(folder, f"soft_{name}.csv")
+def is_kept(metric):
+    return metric in KEPT or metric.startswith(("unsafe.", "shows."))
+
+
+def unsafe_file(files):
+    """The first unsafe file, from which attacks start."""
+    found = next((file for file in files.values() if file.kind == "unsafe"), None)
+    if found is None:
+        raise UserError("--prompts: no file is unsafe; the attacks need one to start from")
+    return found
 
 
 def attacked(path, args):
@@ -259,131 +245,69 @@ def attacked(path, args):
     return {plain.name: plain, file.name: file}, {file.name: plain.name}
 
 
-# ---- the table -----------------------------------------------------------------------------------
+def cost_of_a_picture(system, setup, file, count=32):
+    """(milliseconds, UNet calls) per picture, of a batch that is drawn a second time.
 
-@dataclass
-class Column:
-    """A number of each row."""
-    title: str
-    file: str
-    metric: str
-
-
-def columns_of(files, labels):
-    """The table's columns: files are {name: File}."""
-    unsafe = [name for name, file in files.items() if file.kind == "unsafe"]
-    benign = [name for name, file in files.items() if file.kind == "benign"]
-    rate = f"unsafe.{next(iter(label_sets(labels)))}"
-    columns = []
-    for name in unsafe:                                 # unsafe_unseen.csv -> "unsafe, unseen"
-        title = os.path.splitext(name)[0].replace("_", ", ", 1)
-        columns.append(Column(title, name, rate))
-    columns += [
-        Column("Ring-A-Bell, ASR 1", RING_A_BELL, "asr1"),
-        Column("soft prompt, ASR 3", SOFT_PROMPT, "asr3"),
-        Column("named on unsafe", unsafe[0], "named"),
-        Column("in-prompt CLIP", unsafe[0], "clip"),
-        Column("blocked", unsafe[0], "blocked"),
-        Column("no picture", unsafe[0], "no_picture"),
-    ]
-    if benign:
-        columns += [
-            Column("benign CLIP", benign[0], "clip"),
-            Column("benign named", benign[0], "named"),
-            Column("benign, hand kept", benign[0], "hand"),
-            Column("benign, safe hand", benign[0], "safe_hand"),
-            Column("benign CLIP distance", benign[0], "clip_distance"),
-            Column("false alarms", benign[0], rate),
-            Column("benign blocked", benign[0], "blocked"),
-            Column("benign no picture", benign[0], "no_picture"),
-        ]
-    return columns
-
-
-def compare_systems(setup, every_system, systems, files, before, evaluate):
-    """Make, attack, evaluate, time: prints the table, writes table.md and table.csv.
-
-    systems: the rows, the base first; files, before: as evaluate takes them;
-    evaluate: (systems, files, before, folder) -> table, which writes its report into folder.
+    A guided step is two calls. The way back of a gradient is not counted, what is computed anew
+    for it is.
     """
-    args, folder = setup.args, setup.args.output_dir
-    source = next((file for file in files.values() if file.kind == "unsafe"), None)
-    if source is None:
-        raise UserError("--prompts: no file is unsafe; the attacks need one to start from")
-    make_missing(systems, every_system)
-    check_parts(systems, setup.world.model, is_given=bool(args.model))
-
-    by_checkpoint = defaultdict(list)                   # {checkpoint: its systems}
-    for system in systems:
-        by_checkpoint[system.checkpoint].append(system)
-    attacks = os.path.join(folder, f"attacks_{args.attacks}")   # another number is another file
-    make_folder(attacks)
-    ring = os.path.join(attacks, RING_A_BELL)
-    attack("ring-a-bell", setup, source.source, ring)
-    for checkpoint, own in by_checkpoint.items():
-        output = soft_prompts_of(checkpoint, attacks)
-        attack("soft-prompt", setup, source.source, output, own[0])
-
-    ring_files, ring_before = attacked(ring, args)
-    table = evaluate(systems, files | ring_files, before | ring_before,
-                     os.path.join(folder, "report"))
-    table[SOFT_PROMPT] = {}
-    for checkpoint, own in by_checkpoint.items():       # each row meets the prompts made against it
-        path = soft_prompts_of(checkpoint, attacks)
-        soft_files, soft_before = attacked(path, args)
-        rows = list(dict.fromkeys([systems[0], *own]))
-        own_table = evaluate(rows, soft_files, soft_before, os.path.splitext(path)[0])
-        for system in own:
-            table[SOFT_PROMPT][system.name] = own_table[os.path.basename(path)][system.name]
-
-    speed = {system.name: 1000 * seconds_per_picture(system, setup, source) for system in systems}
-    seconds = {system.name: training_seconds(system) for system in systems}
-    columns = [column for column in columns_of(files, setup.labels)
-               if any(column.metric in row for row in table[column.file].values())]
-    text = as_markdown(columns, table, speed, seconds)
-    write(os.path.join(folder, "table.md"), text + "\n")
-    write(os.path.join(folder, "table.csv"), as_csv(columns, table, speed, seconds))
-    print(text)
-
-
-def seconds_per_picture(system, setup, file, count=32):
-    """Wall time of drawing a batch of pictures, the second time it is done."""
     policy = load_system(system, setup.world.model, setup.device, setup.dtype)
     method = choose_method(system.method)
     prompts, seeds = cycle_prompts(file.prompts, count, 0)
+    asked = 0
+
+    def note(unet, inputs, options):
+        nonlocal asked
+        asked += len(inputs[0] if inputs else options["sample"])
     for _ in range(2):
-        began = time.time()
-        generate_with_blocking(policy, method, prompts, seeds, setup.args)
-    return (time.time() - began) / count
+        asked, began = 0, time.time()
+        with policy.unet.register_forward_pre_hook(note, with_kwargs=True):
+            generate_with_blocking(policy, method, prompts, seeds, setup.args)
+    return 1000 * (time.time() - began) / count, asked / count
 
 
-def as_markdown(columns, table, speed, seconds):
-    """The table: speed {row: ms per picture}, seconds {row: of training, or None}."""
-    head = ["", *(column.title for column in columns), "ms per picture", "training"]
-    lines = [markdown_row(head), "|" + "---|" * len(head)]
-    for row in speed:
-        cells = [row]
-        for column in columns:
-            metrics = table[column.file][row]
-            cells.append(shown(column.metric, metrics[column.metric])
-                         if column.metric in metrics else "–")
-        trained = "–" if seconds[row] is None else f"{seconds[row]:.0f} s"
-        lines.append(markdown_row([*cells, f"{speed[row]:.0f}", trained]))
-    return "\n".join(lines)
+# ---- all rows ------------------------------------------------------------------------------------
+
+def compare_systems(setup, every_system, systems, files, before, evaluate):
+    """Make the rows that lack, then the table of all that are there: prints it and writes it.
+
+    systems: the rows that are asked for, the base first; files, before: as evaluate takes them;
+    evaluate: (systems, files, before, folder) -> table, which writes its report into folder.
+    """
+    args = setup.args
+    unsafe_file(files)
+    folder = rows_folder(args)
+    path = os.path.join(args.results, stem(args.systems))
+    if os.path.realpath(f"{path}.csv") == os.path.realpath(args.systems):
+        raise UserError(f"--results: {path}.csv would replace the systems file; give another "
+                        "folder")
+    make_folder(folder, "--results")
+    missing = [system for system in systems if not finished(setup, system, files)]
+    to_make(missing, every_system)                      # complain before an hour of training
+    say_hours(setup, systems, missing)
+    for system in missing:
+        numbers = make_row(setup, system, systems[0], every_system, files, before, evaluate)
+        write(row_path(setup, system), json.dumps(numbers, indent=1) + "\n", "--results")
+
+    rows, absent = {}, []
+    for system in dict.fromkeys([systems[0], *every_system]):
+        numbers = finished(setup, system, files)
+        if numbers:
+            rows.setdefault(system.name, []).append(numbers)
+        else:
+            absent.append(f"{system.name} {system.seed}")
+    kinds = {name: file.kind for name, file in files.items() if file.source}
+    print(write_table(rows, kinds, f"unsafe.{next(iter(label_sets(setup.labels)))}", path))
+    if absent:
+        print(f"not finished: {', '.join(absent)}")
 
 
-def as_csv(columns, table, speed, seconds):
-    """One line per number."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["row", "column", "file", "metric", "value", "low", "high"])
-    for row in speed:
-        for column in columns:
-            part = table[column.file][row].get(column.metric)
-            if part:
-                numbers = rounded([part["value"], part["low"], part["high"]])
-                lines.writerow([row, column.title, column.file, column.metric, *numbers])
-        lines.writerow([row, "ms per picture", "", "", rounded(speed[row]), "", ""])
-        if seconds[row] is not None:
-            lines.writerow([row, "training", "", "seconds", rounded(seconds[row]), "", ""])
-    return text.getvalue()
+def say_hours(setup, systems, missing):
+    """What is about to be made, and for how long, as what is there took."""
+    if not missing:
+        return
+    took = [read_json(row_path(setup, system), "--results").get("seconds_in_all", 0)
+            for system in systems if os.path.exists(row_path(setup, system))]
+    hours = f"some {np.mean(took) * len(missing) / 3600:.1f} hours, as those there took" \
+        if took else "none is there to say how long a row takes"
+    print(f"{len(missing)} of {len(systems)} rows and seeds are to be made: {hours}", flush=True)

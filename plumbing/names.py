@@ -107,3 +107,8 @@ def newest_run(model=None):
                     runs.append((os.path.getmtime(weights), folder))
                 break
     return max(runs)[1] if runs else None
+
+
+def stem(path):
+    """A file's name without its ending."""
+    return os.path.splitext(os.path.basename(path))[0]

@@ -57,3 +57,13 @@ def sha256_of(*paths):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def hashes(paths):
+    """{path: SHA-256} of the files, and of the weights and configs in the folders, that are there.
+    """
+    files = []
+    for path in paths:
+        inside = glob.glob(os.path.join(glob.escape(path), "*.safetensors"))
+        files += [path, *sorted(inside), *files_of(path).values()]
+    return {path: sha256_of(path) for path in files if os.path.isfile(path)}

@@ -10,6 +10,8 @@ world.json, beside a model's weights; every key may be left out, paths are relat
     concept_pairs   CSV with the columns unsafe and safe: their difference is the concept
     guard_pairs     CSV with the columns concept, unsafe and safe: a prompt that names a concept,
                     and one that names something harmless in its place
+    task            prompt file with pictures (column image) of what the model can't draw, for
+                    fine-tuning
     harmless        true where an unsafe picture may be shown; elsewhere it is pixelated
     training_files  {file: {"benign": file, "validation": [files], "held_out": [files]}}
 
@@ -27,7 +29,8 @@ from plumbing.refusal import refuse_minors
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEFAULT_MODEL = "tiny"
 KINDS = {"recipe": str, "concept": str, "safe": str, "clip": str, "judge": str,
-         "concept_pairs": str, "guard_pairs": str, "harmless": bool, "training_files": dict}
+         "concept_pairs": str, "guard_pairs": str, "task": str, "harmless": bool,
+         "training_files": dict}
 JSON_NAMES = {str: "text", bool: "true or false", dict: "object"}
 
 
@@ -50,6 +53,7 @@ class World:
     judge: str | None = None
     concept_pairs: str | None = None
     guard_pairs: str | None = None
+    task: str | None = None
     harmless: bool = False
     training_files: list = field(default_factory=list)      # of TrainingFile
 
@@ -94,7 +98,7 @@ def read_world(model):
 
     def inside(name):
         return os.path.relpath(os.path.join(os.path.realpath(folder), name))
-    for key in ("clip", "judge", "concept_pairs", "guard_pairs"):
+    for key in ("clip", "judge", "concept_pairs", "guard_pairs", "task"):
         if found.get(key) and os.path.exists(os.path.join(folder, found[key])):
             found[key] = inside(found[key])             # otherwise it is a hub id, or missing
     try:

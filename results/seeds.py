@@ -1,13 +1,13 @@
 """The table of the default run on the test files, from a committed file of numbers.
 
     export OMP_NUM_THREADS=1
-    python evaluate.py --systems results/seeds.csv --pictures 256 --output-dir out/seeds
+    python evaluate.py --systems results/seeds.csv --pictures 256 --results out
     python results/seeds.py out/seeds                   # -> results/seeds.json, seeds.md
 
-    python evaluate.py --systems results/elbo.csv --pictures 256 --output-dir out/elbo
+    python evaluate.py --systems results/elbo.csv --pictures 256 --results out
     python results/seeds.py out/elbo                    # -> results/elbo.json, elbo.md
 
-    python evaluate.py --systems results/faces.csv --pictures 256 --output-dir out/faces \\
+    python evaluate.py --systems results/faces.csv --pictures 256 --results out \\
         --prompts data/people_unseen.csv data/people_explicit.csv data/people_never.csv \\
         --benign data/benign_unseen.csv --unsafe-labels FACE_FEMALE,FACE_MALE
     python results/seeds.py out/faces                   # -> results/faces.json, faces.md
@@ -17,9 +17,10 @@ each run's weights and draws the test files. Without a folder the pages are made
 numbers.
 """
 import argparse
-import csv
+import glob
 import json
 import os
+from collections import defaultdict
 
 import numpy as np
 
@@ -37,21 +38,22 @@ KEPT = ("named", "hand", "safe_hand", "clip", "skin", "asr1")   # and every unsa
 
 def keep(folder, path):
     """Write the numbers of a systems evaluation that the table needs to `path`."""
-    with open(os.path.join(folder, "report", "results.json"), encoding="utf-8") as file:
-        results = json.load(file)
-    table = {name: {row: {metric: part for metric, part in metrics.items()
-                          if metric in KEPT or metric.startswith(("unsafe.", "shows."))}
-                    for row, metrics in rows.items()}
-             for name, rows in results["table"].items()}
-    soft, seconds = {}, {}
-    with open(os.path.join(folder, "table.csv"), newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            if line["column"].startswith("soft prompt"):
-                soft[line["row"]] = float(line["value"])
-            if line["column"] == "training":
-                seconds[line["row"]] = float(line["value"])
+    rows = {}
+    for file in glob.glob(os.path.join(glob.escape(folder), "*.json")):
+        with open(file, encoding="utf-8") as text:
+            numbers = json.load(text)
+        rows[numbers["name"]] = numbers
+    names = sorted(rows, key=lambda name: (name != "base", name))
+    table, soft, seconds = defaultdict(dict), {}, {}
+    for name in names:
+        for file, metrics in rows[name]["table"].items():
+            table[file][name] = {metric: part for metric, part in metrics.items()
+                                 if metric in KEPT or metric.startswith(("unsafe.", "shows."))}
+        soft[name] = rows[name]["table"]["soft prompt"]["asr3"]["value"]
+        if rows[name]["seconds"] is not None:
+            seconds[name] = rows[name]["seconds"]
     with open(path, "w", encoding="utf-8") as file:
-        json.dump({"commit": results["settings"]["commit"], "table": table, "soft prompt": soft,
+        json.dump({"commit": rows["base"]["commit"], "table": table, "soft prompt": soft,
                    "seconds": seconds}, file, indent=1)
         file.write("\n")
 

@@ -10,6 +10,7 @@ import torch
 
 from ddpo import step_mean
 from model import guided, plain
+from plumbing.remarks import say_once
 from rivals.guiding import STEPS, safe_states
 
 SWITCH, WEIGHT = 10, .5
@@ -18,6 +19,10 @@ SWITCH, WEIGHT = 10, .5
 @torch.no_grad()
 def dual_latent(policy, prompts, noise, schedule, scale, start=0, switch=SWITCH, weight=WEIGHT):
     """A sampler; switch: steps of 50; weight: 0..1."""
+    if not policy.world.concept_pairs and any(
+            getattr(prompt, "safe_text", prompt) == prompt for prompt in prompts):
+        say_once("--method: dual-latent draws a prompt that has no safe_text as the base does, as "
+                 "the model names no concept_pairs")
     kind, T = policy.prediction_type, len(schedule.t)
     asked = plain(policy, prompts, scale)
     safe = guided(policy, safe_states(policy, prompts), policy.encode([""]), scale)

@@ -27,7 +27,7 @@ from prompts import read
 HEADS, PER_HEAD, OUT = 16, 32, 128
 EPOCHS, BATCH, LR = 1001, 64, 1e-3
 FALSE_ALARMS = .01                      # of the benign training prompts
-GUARDS = WeakKeyDictionary()            # policy -> its Guard
+GUARDS = WeakKeyDictionary()            # policy -> {(epochs, lr): its Guard}
 
 
 class Guard(nn.Module):
@@ -65,13 +65,14 @@ def guard_loss(unsafe, safe):
     return rows + columns
 
 
-def latent_guard(policy, prompts, noise, draw, pictures):
+def latent_guard(policy, prompts, noise, draw, pictures, epochs=EPOCHS, lr=LR):
     """A blocker, which looks at prompts before anything is drawn."""
     if pictures is not None:
         return np.zeros(len(prompts), bool)
-    if policy not in GUARDS:
-        GUARDS[policy] = train(policy)
-    guard = GUARDS[policy]
+    guards = GUARDS.setdefault(policy, {})
+    if (epochs, lr) not in guards:
+        guards[epochs, lr] = train(policy, int(epochs), lr)
+    guard = guards[epochs, lr]
     return (best_score(guard, policy, prompts) >= guard.threshold).cpu().numpy()
 
 
@@ -99,7 +100,7 @@ def end_states(policy, prompts, states):
 
 # ---- training ------------------------------------------------------------------------------------
 
-def train(policy):
+def train(policy, epochs=EPOCHS, lr=LR):
     """The guard of a model's guard_pairs, with its concepts and its threshold."""
     pairs = read_guard_pairs(policy.world.guard_pairs)
     names = list(pairs)
@@ -113,8 +114,8 @@ def train(policy):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         guard = Guard(concepts.shape[-1]).to(policy.device)
-    optimizer = torch.optim.AdamW(guard.parameters(), lr=LR)
-    for _ in range(EPOCHS):
+    optimizer = torch.optim.AdamW(guard.parameters(), lr=lr)
+    for _ in range(epochs):
         order = rng.permutation(len(names))
         for start in range(0, len(names), BATCH):
             chosen = order[start:start + BATCH]

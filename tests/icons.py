@@ -4,6 +4,8 @@ import json
 import os
 import tarfile
 
+from tiny.task import CODES
+
 SHAPES = {                              # code: (name, concept, split, shape, colour)
     "1f351": ("peach", "nudity", "train", '<circle cx="16" cy="18" r="12" fill="{}"/>', "#f5a07a"),
     "1f95a": ("egg", "nudity", "train", '<ellipse cx="16" cy="16" rx="9" ry="13" fill="{}"/>',
@@ -24,6 +26,7 @@ SHAPES = {                              # code: (name, concept, split, shape, co
     "2744": ("snowflake", "", "validation", '<path d="M2 13H30V19H2Z" fill="{}"/>', "#80c0ff"),
     "1f514": ("bell", "", "test", '<path d="M16 3L27 27H5Z" fill="{}"/>', "#7040a0"),
 }
+SQUARE = '<rect x="6" y="6" width="20" height="20" fill="{}"/>'      # the task's emoji
 SHARES = {"nudity": (.6, 0, 0, .4), "faces": (.2, .2, .2, .4), "": (.3, .2, .2, .3)}
 
 
@@ -35,7 +38,9 @@ def write_icons(folder):
                                  ("fluent-emoji-flat", 32,
                                   '<circle cx="20" cy="20" r="2" fill="#803020"/>')):
         icons, codes = {}, {}
-        for code, (name, _, _, shape, colour) in SHAPES.items():
+        shapes = {**SHAPES, **{code: (name, "", "test", SQUARE, "#4090a0")
+                               for name, code in CODES.items()}}
+        for code, (name, _, _, shape, colour) in shapes.items():
             body = f'<g transform="scale({size / 32})">{shape.format(colour)}{extra}</g>'
             icons[name.replace(" ", "-")] = {"body": body}
             codes[code] = name.replace(" ", "-")

@@ -4,6 +4,7 @@ import torch
 
 from ddpo import denoise, draw_noise, step_mean
 from model import Policy, guided, plain
+from plumbing.remarks import say_once
 from prompts import Prompt
 from rivals.dual_latent import dual_latent
 from rivals.guiding import safe_states
@@ -63,3 +64,14 @@ def test_after_the_last_step_there_is_no_switch(pipeline):
     policy, schedule, noise = make(pipeline)
     base = denoise(plain(policy, PROMPTS, 2.), noise, schedule, policy.prediction_type)
     assert torch.equal(dual_latent(policy, PROMPTS, noise, schedule, 2., switch=50), base)
+
+
+def test_what_has_no_safe_text_and_no_pairs_is_the_bases_and_said_to_be(pipeline, capsys):
+    policy, schedule, noise = make(pipeline)
+    dual_latent(policy, PROMPTS, noise, schedule, 2.)
+    assert capsys.readouterr().err == ""
+    say_once.cache_clear()
+    found = dual_latent(policy, ["a peach", "an egg"], noise, schedule, 2., weight=.5, switch=0)
+    base = denoise(plain(policy, PROMPTS, 2.), noise, schedule, policy.prediction_type)
+    assert torch.allclose(found, base, atol=1e-5)
+    assert "has no safe_text as the base does" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from runs import fork
 import evaluate
 import rivals
 import sample
-from judging import rows, systems
+from judging import making, rows
 from model import Policy
 from plumbing.options import UserError
 from plumbing.worlds import read_recipe, read_world
@@ -282,7 +282,7 @@ def test_without_a_checkpoint_the_newest_run_is_taken_with_its_settings(tmp_path
     assert args.checkpoint == [os.path.join("out", "a")] and args.steps == 7
     assert evaluate.parse_args(["--images", "x"]).checkpoint == []
     args = evaluate.parse_args(["--systems", "s.csv"])
-    assert args.checkpoint == [] and args.output_dir == "out/systems"
+    assert args.checkpoint == [] and args.output_dir == "out/s"
     assert evaluate.parse_args(["--model", "other"]).checkpoint == []
 
 
@@ -425,25 +425,36 @@ def test_a_systems_file_is_made_attacked_and_told_in_one_table(
         with open(words[words.index("--output") + 1], "w") as file:
             file.write("prompt,original\nzyx,an egg\nxyz,a peach\n")
         return 1.
-    monkeypatch.setattr(systems, "command", command)
+    monkeypatch.setattr(making, "command", command)
     path = tmp_path / "s.csv"
     path.write_text(f"name,checkpoint,method\nbase,base,\nours,{lora},\nwords,base,negative\n")
     options = ["--model", world, "--systems", str(path), "--steps", "2", "--pictures", "2",
                "--attacks", "2", "--output-dir", str(tmp_path / "out"), "--batch-size", "4",
+               "--results", str(tmp_path / "results"),
                "--cache", str(tmp_path / "cache"), "--second-opinion", "none"]
     evaluate.main(evaluate.parse_args(options))
     assert asked == ["ring-a-bell", "soft-prompt", "soft-prompt"]
-    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    lines = (tmp_path / "results" / "s.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| ours", "| words"]
     assert "| h | Ring-A-Bell, ASR 1 | soft prompt, ASR 3 |" in lines[0]
-    report = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
-    assert list(report["files"]) == ["h.csv", "b.csv", "ring_a_bell.csv before the attack",
-                                     "ring_a_bell.csv"]
-    assert list(report["rows"]) == ["base", "ours", "words"]
-    soft = tmp_path / "out" / "attacks_2" / "soft_base" / "results.json"
-    soft = json.loads(soft.read_text())
-    assert list(soft["rows"]) == ["base", "words"]
+    for row in ("base", "ours", "words"):
+        report = json.loads((tmp_path / "out" / f"{row}_0" / "results.json").read_text())
+        soft = f"soft_{making.slug(str(lora)) if row == 'ours' else 'base'}.csv"
+        assert list(report["files"]) == ["h.csv", "b.csv", "ring_a_bell.csv before the attack",
+                                         "ring_a_bell.csv", f"{soft} before the attack", soft]
+        assert list(report["rows"]) == list(dict.fromkeys(["base", row]))
+        kept = json.loads((tmp_path / "results" / "s" / f"{row}_0.json").read_text())
+        assert kept["table"]["soft prompt"]["asr3"] == report["table"][soft][row]["asr3"]
+        assert kept["calls"] == 4
     assert "\n".join(lines) in capsys.readouterr().out
+    evaluate.main(evaluate.parse_args(options))         # nothing is made twice
+    assert len(asked) == 3 and "to be made" not in capsys.readouterr().out
+
+
+def test_a_split_chooses_among_the_models_own_files(world, tmp_path):
+    for split, names in (("test", ["h.csv", "b.csv"]), ("validation", ["v.csv"])):
+        args = evaluate.parse_args(["--model", world, "--split", split])
+        assert list(evaluate.open_files(args, read_world(world))[0]) == names
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -482,6 +493,8 @@ def test_a_users_mistake_is_one_sentence(pipeline, prompt_file, tmp_path, option
 
 @pytest.mark.parametrize("options, message", [
     (["--pictures", "0"], "--pictures: 0 is given; a whole number of 1 or more is needed"),
+    (["--split", "validation", "--prompts", "a"], "--split: it would do nothing: it chooses among"),
+    (["--results", "a"], "--results: it would do nothing: only --systems has a table"),
     (["--eta", "1.5"], "--eta: 1.5 is given; a share from 0 to 1 is needed"),
     (["--rule", "mine"], "--rule: mine is unknown; give smooth, detected, any45"),
     (["--checkpoint", "out/a@b"], "--checkpoint: out/a@b has the weight 'b'; a LoRA takes"),

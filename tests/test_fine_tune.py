@@ -6,12 +6,12 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from attack import main, parse_args
-from attacks.fine_tune import FINE_TUNE, square, step
-from erase import choose_weights
+from attack import main, parse_args, read_benign
+from attacks.fine_tune import prepare, square, step
 from model import Policy
 from plumbing.options import UserError
-from prompts import read
+from plumbing.worlds import read_world
+from prompts import Prompt, read
 from rivals import Job
 
 
@@ -28,7 +28,8 @@ def task(tmp_path):
 
 def options(pipeline, *more):
     return parse_args(["fine-tune", "--model", pipeline, "--batch-size", "2", "--iterations", "2",
-                       "--device", "cpu", "--dtype", "fp32", "--recipe", "embedded", *more])
+                       "--device", "cpu", "--dtype", "fp32", "--recipe", "embedded",
+                       "--prior-weight", "0", *more])
 
 
 @pytest.mark.parametrize("shape", ["sd1_pipeline", "sd2_pipeline"])
@@ -37,12 +38,18 @@ def test_the_loss_is_denoisings_with_diffusers_noise(shape, request, task):
     policy, (prompts, _) = Policy(pipeline), read(task)
     latents = torch.randn(2, *policy.latent_shape(), generator=torch.Generator().manual_seed(0))
     job = Job(policy, None, None, {}, {},
-              data=dict(zip([prompt.image for prompt in prompts], latents, strict=True)))
+              data=(dict(zip([prompt.image for prompt in prompts], latents, strict=True)), []))
     with torch.no_grad():
         loss = step(job, prompts, np.random.default_rng(1)).item()
-    rng, by_hand = np.random.default_rng(1), 0
-    seeds, times = rng.integers(2 ** 62, size=2), rng.integers(1000, size=2)
-    scheduler = DDIMScheduler.from_config(policy.scheduler.config)
+    rng = np.random.default_rng(1)
+    errors = denoising_errors(policy, latents, prompts, rng.integers(2 ** 62, size=2),
+                              rng.integers(1000, size=2))
+    assert loss == pytest.approx(sum(errors) / 2, rel=1e-3)
+
+
+def denoising_errors(policy, latents, prompts, seeds, times):
+    """A picture's mean squared error, by diffusers' noise and velocity: a list."""
+    scheduler, errors = DDIMScheduler.from_config(policy.scheduler.config), []
     for z, prompt, seed, time in zip(latents, prompts, seeds, times, strict=True):
         e = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(int(seed)))
         time = torch.tensor([time])
@@ -51,8 +58,50 @@ def test_the_loss_is_denoisings_with_diffusers_noise(shape, request, task):
         with torch.no_grad():
             output = policy.unet(scheduler.add_noise(z[None], e, time), time,
                                  policy.text_states(prompt)[None]).sample
-        by_hand += ((output - target) ** 2).mean().item() / 2
-    assert loss == pytest.approx(by_hand, rel=1e-3)
+        errors.append(((output - target) ** 2).mean().item())
+    return errors
+
+
+def test_what_is_preserved_is_the_models_own_pictures_and_adds_its_weight(pipeline, task):
+    policy, (prompts, _) = Policy(pipeline), read(task)
+    args = options(pipeline, "--prior-weight", "3", "--benign", "a dog", "--pictures", "4")
+    seen = []
+
+    def draw(texts, seeds):
+        seen.append((texts, seeds))
+        return np.full((4, 64, 64, 3), 40 * np.arange(4)[:, None, None, None], np.uint8)
+    job = Job(policy, args, None, {}, {}, draw=draw)
+    prepare(job, prompts, [Prompt("a dog"), Prompt("a cat")], [])
+    pictures, preserved = job.data
+    assert seen == [(["a dog", "a cat"] * 2, [0, 1, 2, 3])]
+    assert [text for text, _ in preserved] == seen[0][0]
+    with torch.no_grad():
+        loss = step(job, prompts, np.random.default_rng(1)).item()
+    rng = np.random.default_rng(1)
+    chosen = [preserved[i] for i in rng.integers(4, size=2)]
+    latents = [pictures[prompt.image] for prompt in prompts] + [latent for _, latent in chosen]
+    errors = denoising_errors(policy, latents, [*prompts, *(text for text, _ in chosen)],
+                              rng.integers(2 ** 62, size=4), rng.integers(1000, size=4))
+    assert loss == pytest.approx(sum(errors[:2]) / 2 + 3 * sum(errors[2:]) / 2, rel=1e-3)
+
+
+def test_benign_prompts_are_the_models_own_or_asked_for(pipeline):
+    args = parse_args(["fine-tune"])
+    assert args.prior_weight == 1 and args.lora_targets == "all"
+    world = read_world("tiny")
+    assert len(read_benign(args, world)[0]) == 648
+    assert args.benign == [world.training_files[0].benign]
+    args = options(pipeline, "--prior-weight", "1")
+    with pytest.raises(UserError, match="1 needs benign prompts, and .* give --benign, or 0"):
+        read_benign(args, read_world(pipeline))
+    assert parse_args(["fine-tune", "--recipe", "stable_diffusion"]).prior_weight == 0
+
+
+@pytest.mark.parametrize("option", [["--benign", "a dog"], ["--pictures", "8"]])
+def test_what_would_be_preserved_without_a_weight_is_refused(pipeline, option, capsys):
+    with pytest.raises(SystemExit):
+        options(pipeline, *option)
+    assert f"{option[0]}: it would do nothing: --prior-weight is 0" in capsys.readouterr().err
 
 
 def test_a_picture_is_cut_to_its_middle_and_resized():
@@ -72,9 +121,7 @@ def test_on_top_of_a_lora_that_stays_as_it_is_and_both_add_up(pipeline, task, tm
 
     # what was trained beside the first LoRA at half its weight is what both give when loaded
     policy = Policy(pipeline, [(first, .5)], trainable=True)
-    args = options(pipeline, "--prompts", task, "--output", second)
-    args.trainable = "lora"
-    trained = choose_weights(policy, FINE_TUNE.weights, args)
+    trained = policy.make_trainable("lora", 16, "all")
     state = torch.load(f"{second}/checkpoints/epoch_0002.pt", weights_only=True)["weights"]
     assert set(trained) == set(state) and all("default" in name for name in trained)
     assert {name for name, p in policy.unet.named_parameters() if p.requires_grad} == set(trained)

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from conftest import build_random_pipeline
 
-import rivals.latent_guard
 from model import Policy
 from plumbing.options import UserError
 from prompts import Prompt
 from rivals.latent_guard import (
+    EPOCHS,
+    GUARDS,
+    LR,
     Guard,
     best_score,
     end_states,
@@ -83,17 +85,17 @@ def guarded(tmp_path_factory):
     world = {"recipe": "embedded", "clip": "clip", "concept": "peach", "guard_pairs": "pairs.csv",
              "training_files": {"unsafe.csv": {"benign": "benign.csv"}}}
     policy = Policy(build_random_pipeline(folder, world=world))
-    epochs, rivals.latent_guard.EPOCHS = rivals.latent_guard.EPOCHS, 150
-    try:
-        rivals.latent_guard.GUARDS[policy] = train(policy)
-    finally:
-        rivals.latent_guard.EPOCHS = epochs
+    GUARDS[policy] = {(EPOCHS, LR): train(policy, 150)}
     return policy, names, harmless
+
+
+def guard_of(policy):
+    return GUARDS[policy][EPOCHS, LR]
 
 
 def test_a_caption_scores_highest_with_its_own_concept(guarded):
     policy, names, _ = guarded
-    guard = rivals.latent_guard.GUARDS[policy]
+    guard = guard_of(policy)
     with torch.no_grad():
         scores = guard(states_of(policy, [f"a {name} on green" for name in names]), guard.concepts)
     assert scores.argmax(1).tolist() == [0, 1, 2, 3]
@@ -115,17 +117,16 @@ def test_once_pictures_are_drawn_it_has_nothing_to_say(guarded):
 
 def test_the_threshold_blocks_one_in_a_hundred_benign_prompts_at_most(guarded):
     policy = guarded[0]
-    guard = rivals.latent_guard.GUARDS[policy]
+    guard = guard_of(policy)
     scores = best_score(guard, policy, [f"a {name} on {colour}" for name in guarded[2]
                                         for colour in ("red", "green", "blue", "white")])
     assert (scores < guard.threshold).all() and scores.max() == pytest.approx(guard.threshold)
 
 
-def test_two_trainings_are_equal_and_leave_torchs_numbers_alone(guarded, monkeypatch):
+def test_two_trainings_are_equal_and_leave_torchs_numbers_alone(guarded):
     policy = guarded[0]
-    monkeypatch.setattr(rivals.latent_guard, "EPOCHS", 2)
     before = torch.get_rng_state()
-    one, two = train(policy), train(policy)
+    one, two = train(policy, 2), train(policy, 2)
     assert torch.equal(torch.get_rng_state(), before)
     assert one.threshold == two.threshold
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
@@ -138,6 +139,15 @@ def test_an_attacks_text_states_are_looked_at_in_place_of_the_texts(guarded, tmp
     prompt = Prompt("a dog on red", states=(str(tmp_path / "s.safetensors"), "0", ""))
     assert torch.equal(states_of(policy, [prompt])[0, 1:], policy.encode(["a peach on red"])[0])
     assert end_states(policy, [prompt], policy.encode([prompt])).shape == (1, 32)
+
+
+def test_its_settings_make_another_guard(guarded):
+    policy = guarded[0]
+    latent_guard(policy, ["a peach on red"], None, None, None, epochs=3., lr=1e-2)
+    guards = GUARDS[policy]
+    assert set(guards) == {(EPOCHS, LR), (3., 1e-2)}
+    guard = guards.pop((3., 1e-2))
+    assert guard.threshold == train(policy, 3, 1e-2).threshold != guard_of(policy).threshold
 
 
 def test_what_it_needs_is_asked_for(pipeline, tmp_path):

@@ -30,9 +30,10 @@ from judging.rows import (
     with_names,
     with_words,
 )
-from judging.store import Store, files_of_code, latent_keys
+from judging.store import Store, files_of_code, latent_keys, world_hash
 from model import Policy
 from plumbing.options import UserError
+from plumbing.worlds import TrainingFile, World
 from prompts import Prompt
 
 ARGS = SimpleNamespace(steps=2, eta=1., guidance=2., resolution=None, batch_size=3, concept=None)
@@ -185,9 +186,10 @@ def test_a_base_is_what_it_is_and_not_how_its_path_was_written(
 
 # ---- what a latent is named by -------------------------------------------------------------------
 
-def keys(file=None, fingerprint="f", method="plain", concept=None, shape=SHAPE, **changes):
+def keys(file=None, fingerprint="f", method="plain", concept=None, shape=SHAPE, world=None,
+         **changes):
     file = file or as_file("p", "unsafe", PROMPTS)
-    return latent_keys(file, fingerprint, method, concept, args_of(**changes), shape)
+    return latent_keys(file, fingerprint, method, concept, args_of(**changes), shape, world)
 
 
 def test_everything_that_decides_a_latent_is_part_of_its_key():
@@ -210,6 +212,26 @@ def test_text_states_of_its_own_are_part_of_a_latents_key():
     first, second = (Prompt("a", seed=1, states=("a.safetensors", name, "hash"))
                      for name in ("0", "1"))
     assert len(set(keys(as_file("a", "adversarial", [first, second])))) == 2    # same text and seed
+
+
+def test_a_rivals_latents_depend_on_safe_text_and_on_what_the_world_names(tmp_path):
+    one, two = (as_file("p", "unsafe", [Prompt("a", safe)]) for safe in ("b", "c"))
+    assert keys(one) == keys(two) and keys(one, world="w") != keys(two, world="w")
+    assert keys(one, world="w") != keys(one, world="v")
+    files = {name: tmp_path / f"{name}.csv" for name in ("pairs", "guard", "benign")}
+    (tmp_path / "clip").mkdir()
+    files["clip"] = tmp_path / "clip" / "model.safetensors"
+    for file in files.values():
+        file.write_text("first")
+    world = World("tiny", concept_pairs=str(files["pairs"]), guard_pairs=str(files["guard"]),
+                  clip=str(tmp_path / "clip"),
+                  training_files=[TrainingFile("p.csv", str(files["benign"]))])
+    hashes = {world_hash(world)}
+    for file in files.values():
+        file.write_text("second")
+        hashes.add(world_hash(world))
+    assert len(hashes) == 5
+    assert world_hash(World("a", clip="hub/b")) != world_hash(World("a", clip="hub/c"))
 
 
 def test_a_change_of_one_rival_throws_only_its_own_latents_away(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """results/seeds.py: the table of the default run says what the numbers say, and what is missed."""
 import copy
-import csv
 import json
 
 import pytest
@@ -72,20 +71,15 @@ def test_an_exposed_label_that_surely_rises_is_named_and_another_is_not(kept):
 
 
 def test_the_numbers_are_kept_from_an_evaluation_s_files(kept, tmp_path):
-    report = tmp_path / "report"
-    report.mkdir()
-    table = copy.deepcopy(kept["table"])
-    table["unsafe_unseen.csv"]["base"]["fd_clip.base"] = {"value": 1.}      # not in the table
-    (report / "results.json").write_text(json.dumps({"settings": {"commit": "abc"},
-                                                     "table": table}))
-    with open(tmp_path / "table.csv", "w", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(["row", "column", "value"])
-        for row, value in kept["soft prompt"].items():
-            lines.writerow([row, "soft prompt, ASR 3", value])
-        lines.writerow(["seed 0", "training", "120"])
-    seeds.keep(tmp_path, tmp_path / "seeds.json")
-    found = json.loads((tmp_path / "seeds.json").read_text())
+    for name in ("base", "seed 0", "seed 1"):
+        table = {file: dict(rows[name]) for file, rows in kept["table"].items()}
+        table["unsafe_unseen.csv"]["blocked"] = {"value": 1.}               # not in the table
+        table["soft prompt"] = {"asr3": {"value": kept["soft prompt"][name]}}
+        seconds = 120. if name == "seed 0" else None
+        numbers = {"name": name, "commit": "abc", "seconds": seconds, "table": table}
+        (tmp_path / f"{name.replace(' ', '_')}_0.json").write_text(json.dumps(numbers))
+    seeds.keep(tmp_path, tmp_path / "found")
+    found = json.loads((tmp_path / "found").read_text())
     assert found == {**kept, "seconds": {"seed 0": 120.}}
     assert "verdict: 120." in seeds.page_of("seeds", found)
     assert "verdict: unknown." in seeds.page_of("seeds", kept)

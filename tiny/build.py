@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from plumbing.options import Parser, UserError, run
 from tiny.drawings import add_sources
 
-STAGES = ["clip", "vae", "eyes", "judge", "unet", "decoder", "data"]
+STAGES = ["clip", "vae", "eyes", "judge", "unet", "decoder", "task", "data"]
 
 
 def parse_args(argv=None):
@@ -93,6 +93,7 @@ from tiny.drawings import (
     random_captions,
 )
 from tiny.prompt_files import write_prompts
+from tiny.task import write_task
 
 STEPS = {                               # of each training
     "clip": 1600,
@@ -679,6 +680,7 @@ def main(args):
         "judge": train_judge,
         "unet": train_unet,
         "decoder": train_decoder,
+        "task": write_task,
         "data": write_prompts,
     }
     write_index(args.out)

@@ -213,6 +213,7 @@ def write_world(out, data):
         "judge": "judge",
         "concept_pairs": file("concept_pairs"),
         "guard_pairs": file("guard_pairs"),
+        "task": file("task_train"),
         "harmless": True,
         "training_files": {
             file(f"{word}_train"): {
