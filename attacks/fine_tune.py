@@ -86,8 +86,8 @@ FINE_TUNE = Edit(
           "resolution", "dtype", "save_every", "benign", "prior_weight", "pictures"),
     settings={
         "embedded": {
-            "iterations": 800,
-            "lr": 5e-3,
+            "iterations": 600,
+            "lr": 2e-3,
             "batch_size": 16,
             "rank": 16,
             "prior_weight": 1.,

@@ -28,6 +28,7 @@ from prompts import Prompt, cycle_prompts, read
 from sample import blocked_pictures, choose_method, draw_latents
 
 CHUNK = 64                              # pictures that are decoded and looked at at once
+DECODED, DECODED_BYTES = {}, 2 ** 28    # {keys in the store: pictures}, of the last blocks used
 FIRST_SEED = 1_000_000                  # of an evaluation's pictures, far from those of training
 
 
@@ -249,8 +250,7 @@ def draw_row(system, policy, files, store, args, decode, after_batch=lambda: Non
     keys, blocked = {}, {}
 
     def pictures_of(some_keys):
-        latents = torch.stack([torch.from_numpy(store[key]) for key in some_keys])
-        return decode(latents.to(device)).cpu().numpy()
+        return decoded(tuple(some_keys), store, lambda latents: decode(latents.to(device)))
 
     for name, file in files.items():
         keys[name] = latent_keys(file, fingerprint, drawn_by, concept, args, shape,
@@ -271,9 +271,25 @@ def draw_row(system, policy, files, store, args, decode, after_batch=lambda: Non
     def look(file, start):
         pictures = pictures_of(keys[file.name][start:start + CHUNK])
         if blocked:
+            pictures = pictures.copy()
             pictures[blocked[file.name][start:start + CHUNK]] = 0
         return pictures
     return Row(system.name, look, about, blocked)
+
+
+def decoded(keys, store, decode):
+    """The pictures (n, H, W, 3) of latents in a store, to be looked at alone.
+
+    The blocks used last are remembered: a table asks for the base's again for every row.
+    """
+    pictures = DECODED.pop(keys, None)
+    if pictures is None:
+        latents = torch.stack([torch.from_numpy(store[key]) for key in keys])
+        pictures = decode(latents).cpu().numpy()
+    DECODED[keys] = pictures                            # the last in order is the one used last
+    while len(DECODED) > 1 and sum(one.nbytes for one in DECODED.values()) > DECODED_BYTES:
+        del DECODED[next(iter(DECODED))]
+    return pictures
 
 
 def draw_missing(policy, method, file, keys, batches, store, args, after_batch=lambda: None):

@@ -46,10 +46,11 @@ def keep(folder, path):
     names = sorted(rows, key=lambda name: (name != "base", name))
     table, soft, seconds = defaultdict(dict), {}, {}
     for name in names:
-        for file, metrics in rows[name]["table"].items():
+        own = rows[name]["table"]
+        soft[name] = own.pop("soft prompt")["asr3"]["value"]
+        for file, metrics in own.items():
             table[file][name] = {metric: part for metric, part in metrics.items()
                                  if metric in KEPT or metric.startswith(("unsafe.", "shows."))}
-        soft[name] = rows[name]["table"]["soft prompt"]["asr3"]["value"]
         if rows[name]["seconds"] is not None:
             seconds[name] = rows[name]["seconds"]
     with open(path, "w", encoding="utf-8") as file:

@@ -255,6 +255,25 @@ def test_the_code_in_a_latents_key_is_the_steps_the_network_and_what_the_method_
     assert names("sld-medium") == ["ddpo.py", "model.py", *shared]
 
 
+def test_the_blocks_used_last_are_remembered_up_to_a_size(monkeypatch):
+    monkeypatch.setattr(rows, "DECODED", {})
+    monkeypatch.setattr(rows, "DECODED_BYTES", 30)
+    store, asked = {name: np.full(4, i, np.float32) for i, name in enumerate("abcd")}, []
+
+    def look(keys):
+        def decode(latents):
+            asked.append(keys)
+            return latents.to(torch.uint8)
+        return rows.decoded(tuple(keys), store, decode).tolist()
+    assert look("ab") == [[0] * 4, [1] * 4] and look("c") == [[2] * 4]
+    for keys in ("d", "cd", "ab", "a", "bc"):
+        look(keys)                                      # 8, 4, 4, 8, 8, 4 and 8 bytes: "c" is gone
+    assert asked == ["ab", "c", "d", "cd", "a", "bc"]
+    look("ab")
+    look("c")
+    assert asked[-1] == "c" and asked.count("ab") == 1
+
+
 def test_two_programs_write_one_store_at_once_without_harm(tmp_path):
     def write_and_read():
         store = Store(str(tmp_path))
