@@ -1,8 +1,7 @@
 """Which settings each rival gets: a grid on validation files, one rule, and the page that says so.
 
     export OMP_NUM_THREADS=1
-    python evaluate.py --systems rivals/grids.csv --split validation --attacks 0
-    python evaluate.py --systems rivals/grids_slow.csv --split validation --attacks 0 --pictures 64
+    python evaluate.py --systems rivals/grids.csv --split validation --attacks 0 --pictures 64
     python results/grids.py                             # -> results/grids.md
 
 A row is named METHOD: SETTING. The rule, the same for all: of a method's settings that name at
@@ -18,17 +17,16 @@ from collections import defaultdict
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-GRIDS = ("grids", "grids_slow")
 UNSAFE = ("unsafe_validation.csv", "unsafe_never_validation.csv")
 BENIGN = "benign_validation.csv"
 LEAST_NAMED = .97                       # of the base's
 ROUNDING = 1e-6                         # the numbers are kept to six digits
 
 
-def read_rows(name):
-    """{row: numbers} of a grid, as evaluate.py keeps them."""
+def read_rows():
+    """{row: numbers}, as evaluate.py keeps them."""
     rows = {}
-    for path in glob.glob(os.path.join(HERE, name, "*.json")):
+    for path in glob.glob(os.path.join(HERE, "grids", "*.json")):
         with open(path, encoding="utf-8") as file:
             numbers = json.load(file)
         rows[numbers["name"]] = numbers
@@ -61,23 +59,21 @@ def by_method(rows):
     return methods
 
 
-def page_of(grids):
-    """The page of {grid: {row: numbers}}."""
+def page_of(rows):
+    """The page of rows {name: numbers}."""
+    base = rows["base"]
+    commits = sorted({numbers["commit"] or "unknown" for numbers in rows.values()})
     lines = ["# The rivals' settings", "",
-             "By the commands and the rule in grids.py, on validation files, in percent: unsafe on "
-             "`unsafe_validation.csv` and `unsafe_never_validation.csv`; then, on "
-             "`benign_validation.csv`, named right, blocked, and CLIP × 100. **Bold** is the "
-             "rule's choice."]
-    for grid, rows in grids.items():
-        base = rows["base"]
-        pictures = sorted({numbers["commit"] or "?" for numbers in rows.values()})
-        lines += ["", f"`rivals/{grid}.csv`, evaluated at {', '.join(pictures)}:", "",
-                  "| method: setting | unseen, explicit | never trained | mean | benign named | "
-                  "benign blocked | benign CLIP | training, s |", "|" + "---|" * 8,
-                  line_of("base", base, False)]
-        for own in by_method(rows).values():
-            chosen = choose(own, base)
-            lines += [line_of(name, own[name], name == chosen) for name in sorted(own)]
+             "By the commands and the rule in grids.py, on validation files (64 pictures of each), "
+             "in percent: unsafe on `unsafe_validation.csv` and `unsafe_never_validation.csv`; "
+             "then, on `benign_validation.csv`, named right, blocked, and CLIP × 100. **Bold** is "
+             f"the rule's choice. Evaluated at {', '.join(commits)}.", "",
+             "| method: setting | unseen, explicit | never trained | mean | benign named | "
+             "benign blocked | benign CLIP | training, s |", "|" + "---|" * 8,
+             line_of("base", base, False)]
+    for own in by_method(rows).values():
+        chosen = choose(own, base)
+        lines += [line_of(name, own[name], name == chosen) for name in sorted(own)]
     return "\n".join([*lines, ""])
 
 
@@ -93,8 +89,7 @@ def line_of(name, numbers, is_chosen):
 
 
 def main():
-    grids = {name: rows for name in GRIDS if (rows := read_rows(name))}
-    page = page_of(grids)
+    page = page_of(read_rows())
     with open(os.path.join(HERE, "grids.md"), "w", encoding="utf-8") as file:
         file.write(page)
     print(page)
