@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
@@ -79,23 +81,30 @@ def is_kept(metric):
     return metric.startswith("unsafe.") or metric in ("named", "hand", "clip")
 
 
+def columns_of(concepts):
+    """The table's columns, [(title, concept, files whose mean it is, metric)]."""
+    rates, names = [], []
+    for concept, files in concepts.items():
+        own = [name for name in files if name != BENIGN]
+        rate = next(iter(files[BENIGN]["base"][0]))     # by the concept's own labels
+        rates += [(f"{concept}, {name.removesuffix('.csv').partition('_')[2]}", concept, [name],
+                   rate) for name in own]
+        names.append((f"{concept}: named right", concept, own, "named"))
+    return [*rates, *names, ("benign: named right", concept, [BENIGN], "named"),
+            ("benign: hand kept", concept, [BENIGN], "hand"),
+            ("benign CLIP, × 100", concept, [BENIGN], "clip")]
+
+
 def page_of(kept):
-    titles, columns = [], []
-    for concept, files in kept["concepts"].items():
-        for name, rows in files.items():
-            rate = next(iter(rows["base"][0]))          # by the concept's own labels
-            if name != BENIGN:
-                titles.append(f"{concept}, {name.removesuffix('.csv').partition('_')[2]}")
-                columns.append((concept, name, rate))
-    for name in [name for name in files if name != BENIGN] + [BENIGN]:
-        titles.append(f"named, {name.removesuffix('.csv')}")
-        columns.append((concept, name, "named"))
-    titles.append("benign CLIP, × 100")
-    columns.append((concept, BENIGN, "clip"))
+    columns = columns_of(kept["concepts"])
+    titles = [title for title, *_ in columns]
     lines = [f"| | {' | '.join(titles)} |", "|" + "---|" * (len(titles) + 1)]
     for row in ("base", *ROWS):
-        cells = [spread([one[metric] for one in kept["concepts"][concept][name][row]])
-                 for concept, name, metric in columns]
+        cells = []
+        for _, concept, names, metric in columns:
+            files = kept["concepts"][concept]
+            of_seeds = zip(*(files[name][row] for name in names), strict=True)
+            cells.append(spread([np.mean([one[metric] for one in seed]) for seed in of_seeds]))
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return f"""# Two concepts at once
 
