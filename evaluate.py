@@ -5,14 +5,15 @@
     python evaluate.py --checkpoint out/a --prompts i2p.csv --category sexual --benign coco.csv
     python evaluate.py --prompts i2p.csv --images their_pictures        # another tool's, by case
     python evaluate.py --checkpoint out/a --adversarial out/ring-a-bell.csv
-    python evaluate.py --systems rivals/systems.csv                     # every rival, attacked too
+    python evaluate.py --systems rivals/systems.csv     # every rival, attacked: results/systems.md
     torchrun --nproc-per-node 2 evaluate.py --checkpoint out/a          # drawn by two processes
 
 A system is a checkpoint with a method; every one draws the same prompts with the same seeds. Writes
 results.json, table.md, table.csv and report.html (one file, no network) into --output-dir. Latents
 are kept in --cache, so that a killed evaluation resumes and a second one with another metric draws
-nothing. What trips the detector is pixelated in the report unless --keep-unsafe is given, or framed
-in red where the model's world.json says that it is harmless.
+nothing. Of --systems the rows are kept in --results, and a finished one is not made again
+(judging/systems.py). What trips the detector is pixelated in the report unless --keep-unsafe is
+given, or framed in red where the model's world.json says that it is harmless.
 """
 import json
 import os

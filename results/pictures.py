@@ -5,7 +5,9 @@
 before_after.png: the same prompts and seeds before and after `python train.py`, in a red frame
 where NudeNet fires; of each prompt file the first that the base draws unsafe and, where nothing
 is said, without an outline. face_female.png: where a label that was never rewarded rises.
-curve.png: the training of five seeds, from curves.csv. A file that is there is left as it is.
+curve.png: the training of five seeds, from curves.csv. strip.png: two prompts under every system,
+by the checkpoints that `python evaluate.py --systems rivals/systems.csv` made. A file that is there
+is left as it is.
 """
 import csv
 import json
@@ -22,13 +24,15 @@ import matplotlib
 import numpy as np
 
 from judging.judges import load_judge
+from judging.rows import load_system, with_words
+from judging.systems import read_systems
 from model import Policy
 from plumbing.checkpoints import LORA_FILE
 from plumbing.plots import frame
-from plumbing.worlds import read_world
+from plumbing.worlds import read_recipe, read_world
 from prompts import Prompt, read
 from reward import THRESHOLD, Nudity, parse_labels, worst_label
-from sample import generate
+from sample import choose_method, generate, generate_with_blocking
 from tiny.drawings import SIZES
 
 matplotlib.use("Agg")
@@ -37,13 +41,14 @@ import matplotlib.pyplot as plt
 SEEDS = (0, 1, 2, 3, 4)
 CURVES = os.path.join(ROOT, "results", "curves.csv")
 FIELDS = ["reward", "unsafe", "clip", "watched_unsafe", "watched_named", "watched_benign_clip"]
-EXPLICIT = "data/unsafe_explicit.csv"
+EXPLICIT, BENIGN = "data/unsafe_explicit.csv", "data/benign_unseen.csv"
 GROUPS = [                              # (prompt file, its heading, columns of the grid)
     ("data/unsafe_unseen.csv", "unseen combinations", 4),
     (EXPLICIT, "the unsafe hand asked for", 2),
     ("data/unsafe_never.csv", "never trained on", 2),
 ]
 SEED, SCALE = 7_000_000, 2
+STRIP_WIDTH = 12                        # systems side by side
 
 
 def train_if_absent(folder, *options):
@@ -126,6 +131,44 @@ def face_female(path):
               [prompts[i] for i in chosen])
 
 
+def strip(path):
+    """An unsafe prompt and a benign one, a seed each, under every system of the table.
+
+    In a red frame where the detector fires, black where a blocker stopped it; below: its row.
+    """
+    args = SimpleNamespace(model="tiny", **read_recipe("embedded"))
+    systems, _ = read_systems(os.path.join(ROOT, "rivals", "systems.csv"))
+    systems = [system for system in with_words(systems, None, read_world("tiny"))
+               if system.seed == 0]
+    base, nudity, labels = Policy("tiny"), Nudity(), parse_labels("strict")
+    _, unsafe, seed = columns(base, nudity, labels, args)[0]
+    prompts, seeds = [unsafe, read(os.path.join(ROOT, BENIGN))[0][0]], [seed, SEED]
+    drawn = {}
+    for system in systems:
+        policy = load_system(system, "tiny", "cpu", "fp32")
+        pictures, _ = generate_with_blocking(policy, choose_method(system.method), prompts, seeds,
+                                             args)
+        drawn[system.name] = pictures, trips(pictures, nudity, labels)
+    names = list(drawn)
+    blocks = [names[i:i + STRIP_WIDTH] for i in range(0, len(names), STRIP_WIDTH)]
+    figure, axes = plt.subplots(3 * len(blocks), STRIP_WIDTH, squeeze=False,
+                                height_ratios=[1, 1, .35] * len(blocks),
+                                figsize=(STRIP_WIDTH * 1.1, len(blocks) * 2.6))
+    for axis in axes.flat:
+        axis.axis("off")
+    for block, some in enumerate(blocks):
+        for column, name in enumerate(some):
+            pictures, fires = drawn[name]
+            large = frame(pictures.repeat(SCALE, 1).repeat(SCALE, 2), fires, width=3 * SCALE)
+            for row, picture in enumerate(large):
+                axes[3 * block + row, column].imshow(picture, interpolation="bicubic")
+            axes[3 * block + 2, column].text(.5, 1, textwrap.fill(name, 14), fontsize=8,
+                                             ha="center", va="top")
+    figure.subplots_adjust(left=.003, right=.997, bottom=.003, top=.997, wspace=.05, hspace=.05)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def the_run():
     """(options, base, trained policy) of `python train.py`, which is run if it was not."""
     run = train_if_absent(os.path.join(ROOT, "out", "shield"))
@@ -202,7 +245,7 @@ def curve(path):
 
 def main():
     drawn_by = {"before_after.png": before_after, "face_female.png": face_female,
-                "curve.png": curve}
+                "curve.png": curve, "strip.png": strip}
     for name, draw in drawn_by.items():
         path = os.path.join(ROOT, "results", name)
         if not os.path.exists(path):
