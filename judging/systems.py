@@ -7,8 +7,8 @@ A systems file is a CSV with a line per row of the table and the columns
     method       how its pictures are drawn; plain if left out
     concept      the method's words; the model's if left out
     make         the command that makes the checkpoint, run where its weights are absent
-    seeds        of what learns: "0 1 2" makes three rows, in whose checkpoint and make the seed
-                 stands for {seed}; 0 if left out
+    seeds        of what learns: "0 1 2" makes three systems, in whose checkpoint, make and method
+                 the seed stands for {seed}; 0 if left out
 
 Of each row and seed the numbers are written to RESULTS/FILE/NAME_SEED.json. One that is there, of
 the same line, prompts and options, is not made again, whatever code and weights have become since
@@ -68,6 +68,12 @@ def read_systems(path, names=()):
         if of_seeds[0].name in [other.name for other in systems]:
             raise UserError(f"{where} is the second row named {of_seeds[0].name!r}; rename one")
         systems += of_seeds
+    places = {}
+    for system in systems:
+        other = places.setdefault(file_name(system), system)
+        if other is not system:
+            raise UserError(f"--systems: {path}: the rows {other.name!r} and {system.name!r} would "
+                            f"both be kept in {file_name(system)}.json; rename one")
     known = {system.name: system for system in systems}
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -117,9 +123,7 @@ def as_systems(row, where):
         raise UserError(f"{where} names two methods, {checkpoint.method} and {cell['method']}; "
                         "leave one out")
     method = cell["method"] or checkpoint.method or "plain"
-    rivals.find_method(method, f"{where}: method")
     concept = cell["concept"] or checkpoint.concept
-    check_words(method, concept, f"{where}: concept")
     try:
         seeds = [int(word) for word in cell["seeds"].split()] or [0]
     except ValueError:
@@ -127,14 +131,21 @@ def as_systems(row, where):
                         "between them are needed") from None
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{where} has a seed twice; leave one out")
-    if len(seeds) > 1 and not all("{seed}" in cell[column] for column in ("checkpoint", "make")):
-        raise UserError(f"{where} has {len(seeds)} seeds, and its checkpoint or make no {{seed}} "
-                        "where they differ")
+    differs = [column for column in ("checkpoint", "method", "make") if "{seed}" in cell[column]]
+    if len(seeds) > 1 and (not differs or ("checkpoint" in differs) != ("make" in differs) and
+                           cell["make"]):
+        raise UserError(f"{where} has {len(seeds)} seeds, and no {{seed}} in its checkpoint and "
+                        "make, or in its method, where they differ")
 
     def of(text, seed):
         return text.replace("{seed}", str(seed))
-    return [System(tuple((of(path, seed), weight) for path, weight in checkpoint.parts), method,
-                   concept, cell["name"], of(cell["make"], seed), seed) for seed in seeds]
+    systems = [System(tuple((of(path, seed), weight) for path, weight in checkpoint.parts),
+                      of(method, seed), concept, cell["name"], of(cell["make"], seed), seed)
+               for seed in seeds]
+    for system in systems:
+        rivals.find_method(system.method, f"{where}: method")
+        check_words(system.method, concept, f"{where}: concept")
+    return systems
 
 
 # ---- a row ---------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 A row's numbers are what systems.py keeps of each seed:
 
-    {"table": {file: {metric: {"value", "low", "high"}}}, "seconds": of training, or None,
-     "ms": per picture, "calls": of the UNet per picture, two a guided step, ...}
+    {"asked": {"row": its line, ...}, "table": {file: {metric: {"value", "low", "high"}}},
+     "seconds": of training, or None, "ms": per picture, "calls": of the UNet per picture, two a
+     guided step, ...}
 """
 import csv
 import io
@@ -80,18 +81,30 @@ def costs(seeds):
     return mean("seconds"), mean("ms"), mean("calls")
 
 
+def is_bases(seeds):
+    """Whether a row has no weights of its own, so that attacks on weights are on the base's."""
+    row = seeds[0]["asked"]["row"]
+    return row["checkpoint"] == "base" and row["method"] != "plain"
+
+
 # ---- as text -------------------------------------------------------------------------------------
 
 def as_markdown(rows, columns):
     cells = cells_of(rows, columns)
     titles = [title for title, *_ in columns if any(title in row for row in cells.values())]
+    of_weights = [title for title, file, _ in columns if file in (SOFT_PROMPT, TUNED)]
     head = ["", *titles, "training", "ms per picture", "UNet calls per picture"]
     lines = [markdown_row(head), "|" + "---|" * len(head)]
     for name, row in cells.items():
-        numbers = [shown(*row[title]) if title in row else "–" for title in titles]
+        numbers = []
+        for title in titles:
+            mark = " †" if title in of_weights and is_bases(rows[name]) else ""
+            numbers.append(shown(*row[title]) + mark if title in row else "–")
         seconds, ms, calls = costs(rows[name])
         trained = "–" if seconds is None else f"{seconds:.0f} s"
         lines.append(markdown_row([name, *numbers, trained, f"{ms:.0f}", f"{calls:.4g}"]))
+    if any(" †" in line for line in lines):
+        lines += ["", "† against the base's weights: the row has none of its own."]
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from prompts import read
 HEADS, PER_HEAD, OUT = 16, 32, 128
 EPOCHS, BATCH, LR = 1001, 64, 1e-3
 FALSE_ALARMS = .01                      # of the benign training prompts
-GUARDS = WeakKeyDictionary()            # policy -> {(epochs, lr): its Guard}
+GUARDS = WeakKeyDictionary()            # policy -> {(epochs, lr, seed): its Guard}
 
 
 class Guard(nn.Module):
@@ -65,14 +65,15 @@ def guard_loss(unsafe, safe):
     return rows + columns
 
 
-def latent_guard(policy, prompts, noise, draw, pictures, epochs=EPOCHS, lr=LR):
+def latent_guard(policy, prompts, noise, draw, pictures, epochs=EPOCHS, lr=LR,
+                 seed=0):
     """A blocker, which looks at prompts before anything is drawn."""
     if pictures is not None:
         return np.zeros(len(prompts), bool)
     guards = GUARDS.setdefault(policy, {})
-    if (epochs, lr) not in guards:
-        guards[epochs, lr] = train(policy, int(epochs), lr)
-    guard = guards[epochs, lr]
+    if (epochs, lr, seed) not in guards:
+        guards[epochs, lr, seed] = train(policy, int(epochs), lr, int(seed))
+    guard = guards[epochs, lr, seed]
     return (best_score(guard, policy, prompts) >= guard.threshold).cpu().numpy()
 
 
@@ -100,7 +101,7 @@ def end_states(policy, prompts, states):
 
 # ---- training ------------------------------------------------------------------------------------
 
-def train(policy, epochs=EPOCHS, lr=LR):
+def train(policy, epochs=EPOCHS, lr=LR, seed=0):
     """The guard of a model's guard_pairs, with its concepts and its threshold."""
     pairs = read_guard_pairs(policy.world.guard_pairs)
     names = list(pairs)
@@ -110,9 +111,9 @@ def train(policy, epochs=EPOCHS, lr=LR):
     by_concept = [[all_states(texts) for texts in zip(*pairs[name], strict=True)]
                   for name in names]                    # [(unsafe, safe)], each (pairs, S, D)
     concepts = end_states(policy, names, policy.encode(names).float())          # (n, D)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         guard = Guard(concepts.shape[-1]).to(policy.device)
     optimizer = torch.optim.AdamW(guard.parameters(), lr=lr)
     for _ in range(epochs):

@@ -85,12 +85,12 @@ def guarded(tmp_path_factory):
     world = {"recipe": "embedded", "clip": "clip", "concept": "peach", "guard_pairs": "pairs.csv",
              "training_files": {"unsafe.csv": {"benign": "benign.csv"}}}
     policy = Policy(build_random_pipeline(folder, world=world))
-    GUARDS[policy] = {(EPOCHS, LR): train(policy, 150)}
+    GUARDS[policy] = {(EPOCHS, LR, 0): train(policy, 150)}
     return policy, names, harmless
 
 
 def guard_of(policy):
-    return GUARDS[policy][EPOCHS, LR]
+    return GUARDS[policy][EPOCHS, LR, 0]
 
 
 def test_a_caption_scores_highest_with_its_own_concept(guarded):
@@ -145,9 +145,10 @@ def test_its_settings_make_another_guard(guarded):
     policy = guarded[0]
     latent_guard(policy, ["a peach on red"], None, None, None, epochs=3., lr=1e-2)
     guards = GUARDS[policy]
-    assert set(guards) == {(EPOCHS, LR), (3., 1e-2)}
-    guard = guards.pop((3., 1e-2))
+    assert set(guards) == {(EPOCHS, LR, 0), (3., 1e-2, 0)}
+    guard = guards.pop((3., 1e-2, 0))
     assert guard.threshold == train(policy, 3, 1e-2).threshold != guard_of(policy).threshold
+    assert guard.threshold != train(policy, 3, 1e-2, seed=1).threshold
 
 
 def test_what_it_needs_is_asked_for(pipeline, tmp_path):

@@ -75,12 +75,16 @@ def test_columns_may_be_left_out_and_a_checkpoint_may_name_its_method(tmp_path):
 
 def test_a_row_of_several_seeds_is_a_system_each(tmp_path):
     path = write_systems(tmp_path, "a,out/a{seed}+out/b@0.5,,,python x.py --seed {seed},3 4",
-                         "b,out/b,,,python y.py,", "c,out/c{seed},,,python z.py,", header=HEADER)
+                         "b,out/b,,,python y.py,", "c,out/c{seed},,,python z.py,",
+                         "d,base,latent-guard(seed={seed}),,,0 1", "e,out/a{seed},sld-max,,,3 4",
+                         header=HEADER)
     rows, asked = read_systems(path, ["a"])
     assert [(row.name, row.seed, row.checkpoint, row.make) for row in rows] == [
         ("a", 3, "out/a3+out/b@0.5", "python x.py --seed 3"),
         ("a", 4, "out/a4+out/b@0.5", "python x.py --seed 4"),
-        ("b", 0, "out/b", "python y.py"), ("c", 0, "out/c0", "python z.py")]
+        ("b", 0, "out/b", "python y.py"), ("c", 0, "out/c0", "python z.py"),
+        ("d", 0, "base", ""), ("d", 1, "base", ""), ("e", 3, "out/a3", ""), ("e", 4, "out/a4", "")]
+    assert [row.method for row in rows[4:6]] == ["latent-guard(seed=0)", "latent-guard(seed=1)"]
     assert [(row.name, row.seed) for row in asked] == [("base", 0), ("a", 3), ("a", 4)]
 
 
@@ -98,7 +102,10 @@ def test_an_unknown_row_is_a_sentence_that_names_the_known_ones(tmp_path):
     (HEADER, "has no row"),
     (HEADER + "a,out/a{seed},,,python x.py {seed},0 one\n", "line 2 has the seeds '0 one'; whole"),
     (HEADER + "a,out/a{seed},,,python x.py {seed},0 0\n", "line 2 has a seed twice"),
-    (HEADER + "a,out/a,,,python x.py {seed},0 1\n", "line 2 has 2 seeds, and its checkpoint or ma"),
+    (HEADER + "a,out/a,,,python x.py {seed},0 1\n", "line 2 has 2 seeds, and no .seed. in its ch"),
+    (HEADER + "a,out/a{seed},,,python x.py,0 1\n", "line 2 has 2 seeds, and no .seed. in its ch"),
+    (HEADER + "a,base,sld-max,,,0 1\n", "line 2 has 2 seeds, and no .seed. in its checkpoint"),
+    (HEADER + "a b,out/a,,,,\na_b,out/b,,,,\n", "'a b' and 'a_b' would both be kept in a_b_0.json"),
     (HEADER + "a,base,magic,,\n", "line 2: method: magic is unknown; give one of plain, negative"),
     (HEADER + "a,base,,,\na,out/a,,,\n", "line 3 is the second row named 'a'; rename one"),
     (HEADER + "a,base+negative,sld-max,,\n", "line 2 names two methods, negative and sld-max"),
@@ -234,10 +241,11 @@ def test_a_row_alone_makes_only_what_it_needs_and_makes_it_once(compared, progra
                                 "--count"]
     assert soft_esd[25:27] == ["--checkpoint", f"{tmp_path}/esd0"]
 
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| SLD medium", "| ESD-x"]
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| base", "| SLD medium", "| ESD-x"]
     assert lines[0].startswith("|  | unsafe, unseen | unsafe, never | Ring-A-Bell, ASR 1 | soft")
     assert "| ESD-x | 5.0 % | 5.0 %" in lines[4] and lines[4].endswith("| 7 s | 2 | 10 |")
     assert lines[3].endswith("| – | 2 | 10 |") and "\n".join(lines) in capsys.readouterr().out
+    assert "| 10.0 % † |" in lines[3] and "†" not in lines[4] and lines[-1].startswith("† against")
     assert json.loads((tmp_path / "esd0" / "seconds.json").read_text()) == {"seconds": 7.}
     assert [names for names, *_ in evaluated] == [
         ["base"], ["base", "ESD-x"], ["base", "ESD-x"], ["base", "SLD medium"]]
@@ -312,7 +320,7 @@ def test_a_checkpoint_is_fine_tuned_once_and_its_rows_drawn_with_that(compared, 
         ["base", "base, after fine-tuning"], ["base", "SLD medium, after fine-tuning"],
         ["base", "ESD-x + SLD, after fine-tuning"]]
     title = lines[0].split(" | ").index("unsafe after fine-tuning")
-    assert lines[3].split(" | ")[title] == "29.0 %"     # letters of its name with the ending
+    assert lines[3].split(" | ")[title] == "29.0 % †"   # letters of its name with the ending
 
 
 def test_a_checkpoint_of_several_rows_is_made_and_attacked_once(compared, programs):
@@ -324,7 +332,7 @@ def test_a_checkpoint_of_several_rows_is_made_and_attacked_once(compared, progra
 
 
 def test_what_a_blocker_stops_has_a_column_of_its_own(compared):
-    head, _, base, guarded = compared("guarded")[0]
+    head, _, base, guarded, *_ = compared("guarded")[0]
     columns = head.split(" | ")
     for title in ("blocked", "benign blocked"):
         assert guarded.split(" | ")[columns.index(title)] == "50.0 %"

@@ -12,10 +12,11 @@ KINDS = {"unsafe_unseen.csv": "unsafe", "benign_unseen.csv": "benign"}
 RATE = "unsafe.strict"
 
 
-def numbers(unsafe, clip, seconds=None):
+def numbers(unsafe, clip, seconds=None, checkpoint="out/a", method="plain"):
     def part(value, width):
         return {"value": value, "low": value - width, "high": value + width}
-    return {"table": {"unsafe_unseen.csv": {RATE: part(unsafe, .1), "named": part(1., 0.)},
+    return {"asked": {"row": {"checkpoint": checkpoint, "method": method}},
+            "table": {"unsafe_unseen.csv": {RATE: part(unsafe, .1), "named": part(1., 0.)},
                       "benign_unseen.csv": {"clip": part(clip, .01)}},
             "seconds": seconds, "ms": 40., "calls": 10.}
 
@@ -49,6 +50,16 @@ def test_a_number_that_one_seed_lacks_is_not_averaged():
     rows = {"base": ROWS["base"], "a": [numbers(.3, .79), numbers(.1, .78)]}
     rows["a"][1]["table"]["unsafe_unseen.csv"][RATE]["value"] = None
     assert "| a | – | 100.0 %" in as_markdown(rows, columns_of(KINDS, RATE))
+
+
+def test_what_attacks_the_bases_weights_is_marked():
+    rows = {"base": [numbers(.6, .8, checkpoint="base")], "a": ROWS["a"],
+            "b": [numbers(.5, .8, checkpoint="base", method="sld-max")]}
+    for seeds in rows.values():
+        for one in seeds:
+            one["table"]["soft prompt"] = {"asr3": one["table"]["unsafe_unseen.csv"][RATE]}
+    _, _, base, a, b, _, note = as_markdown(rows, columns_of(KINDS, RATE)).splitlines()
+    assert "†" not in base + a and b.count("†") == 1 and note.startswith("† against the base's")
 
 
 def test_the_scatter_shows_a_dot_a_row_and_small_ones_for_seeds(tmp_path):
