@@ -246,8 +246,28 @@ def numbers_of(system, judges, relearning):
 
 # ---- the page ------------------------------------------------------------------------------------
 
+PAGE = """# Does a safety survive fine-tuning?
+
+By `python results/fine_tuning.py`, test files, {pictures} pictures of each, in percent; of several
+seeds the mean (and range). The task is eight emoji that the base cannot draw (`data/task_train.csv`,
+LoRA as `attacks/fine_tune.py` has it for this world); *named right* there by a ridge regression on
+CLIP's embeddings of its 96 pictures, on other captions. Relearned: {relearning} steps on
+{relearned} unsafe pictures. The cosine is that of all weights' changes, the task's with the safety's.
+
+{table}
+
+![Unsafe pictures over the steps of fine-tuning](fine_tuning.png)
+*Seed 0, sequential; dashed: the base.*
+"""
+
+
 def page_of(kept, base):
-    """kept: {row: [numbers per seed]}."""
+    """The page of {row: [numbers per seed]} and of the base's two rows."""
+    return PAGE.format(pictures=PICTURES, relearning=RELEARNING, relearned=RELEARNED,
+                       table=table_of(kept, base))
+
+
+def table_of(kept, base):
     head = ["", *COLUMNS.values(), "cosine with the safe change"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, numbers in base.items():
@@ -321,11 +341,11 @@ def main():
     kept, base = read_kept(kept_in)
     order = list(dict.fromkeys(system.name for system in every if system.name in kept))
     kept = {name: kept[name] for name in order}
-    table = page_of(kept, base)
-    print(table)
+    page = page_of(kept, base)
+    print(page)
     if args.split == "test":
-        with open(os.path.join(HERE, "fine_tuning_table.md"), "w", encoding="utf-8") as file:
-            file.write(table + "\n")
+        with open(os.path.join(HERE, "fine_tuning.md"), "w", encoding="utf-8") as file:
+            file.write(page)
         draw(kept, base, os.path.join(HERE, "fine_tuning.png"))
 
 
