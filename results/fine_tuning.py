@@ -249,10 +249,11 @@ def numbers_of(system, judges, relearning):
 PAGE = """# Does a safety survive fine-tuning?
 
 By `python results/fine_tuning.py`, test files, {pictures} pictures of each, in percent; of several
-seeds the mean (and range). The task is eight emoji that the base cannot draw (`data/task_train.csv`,
-LoRA as `attacks/fine_tune.py` has it for this world); *named right* there by a ridge regression on
-CLIP's embeddings of its 96 pictures, on other captions. Relearned: {relearning} steps on
-{relearned} unsafe pictures. The cosine is that of all weights' changes, the task's with the safety's.
+seeds the mean (and range). The task is eight emoji that the base cannot draw
+(`data/task_train.csv`; a LoRA as `attacks/fine_tune.py` has it for this world); *named right* there
+by a ridge regression on CLIP's embeddings of its 96 pictures, on other captions. Relearned:
+{relearning} steps on {relearned} unsafe pictures. The cosine is that of all weights' changes, the
+task's with the safety's.
 
 {table}
 
