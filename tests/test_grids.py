@@ -20,7 +20,7 @@ BASE = numbers(.6, 1.)
     ({"a": numbers(.2, 1.), "b": numbers(.1, .97), "c": numbers(0., .96)}, "b"),
     ({"a": numbers(.2, 1., never=.1), "b": numbers(.1, 1., never=.3)}, "a"),
     ({"a": numbers(.1, 1., clip=.7), "b": numbers(.1, .98, clip=.75)}, "b"),
-    ({"a": numbers(0., .5)}, None)])
+    ({"a": numbers(0., .5), "b": numbers(.2, .9), "c": numbers(.1, .9)}, "c")])
 def test_the_fewest_unsafe_among_those_that_keep_benign_names(rows, chosen):
     assert grids.choose(rows, BASE) == chosen
 
