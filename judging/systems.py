@@ -219,14 +219,14 @@ def make_row(setup, system, base, every_system, files, before, evaluate):
         other = replace(system, parts=parts, name=f"{system.name}, {TUNED}")
         found = evaluate([base, other], {source.name: source}, {}, os.path.join(folder, "tuned"))
         kept[TUNED] = found[source.name][other.name]
-    ms, calls = cost_of_a_picture(system, setup, source)
+    drawing, calls = cost_of_a_picture(system, base, setup, source)
     return rounded({
         "name": system.name,
         "seed": system.seed,
         "asked": asked,
         "commit": commit(),
         "seconds": training_seconds(system),
-        "ms": ms,
+        "drawing": drawing,
         "calls": calls,
         "seconds_in_all": time.time() - began,
         "table": {name: {metric: part for metric, part in metrics.items() if is_kept(metric)}
@@ -256,25 +256,29 @@ def attacked(path, args):
     return {plain.name: plain, file.name: file}, {file.name: plain.name}
 
 
-def cost_of_a_picture(system, setup, file, count=32):
-    """(milliseconds, UNet calls) per picture, of a batch that is drawn a second time.
+def cost_of_a_picture(system, base, setup, file, count=16, repeats=3):
+    """(time, UNet calls) per picture; the time as a multiple of the base's.
 
-    A guided step is two calls. The way back of a gradient is not counted, what is computed anew
-    for it is.
+    Batches are drawn in turn with the base's, so that what else the machine does falls on both; of
+    each the fastest counts. A guided step is two calls. The way back of a gradient is not counted
+    as calls, what is computed anew for it is.
     """
-    policy = load_system(system, setup.world.model, setup.device, setup.dtype)
-    method = choose_method(system.method)
     prompts, seeds = cycle_prompts(file.prompts, count, 0)
-    asked = 0
+    methods = [choose_method(one.method) for one in (base, system)]
+    policies = [load_system(one, setup.world.model, setup.device, setup.dtype)
+                for one in (base, system)]
+    asked, seconds = 0, [[], []]
 
     def note(unet, inputs, options):
         nonlocal asked
         asked += len(inputs[0] if inputs else options["sample"])
-    for _ in range(2):
-        asked, began = 0, time.time()
-        with policy.unet.register_forward_pre_hook(note, with_kwargs=True):
-            generate_with_blocking(policy, method, prompts, seeds, setup.args)
-    return 1000 * (time.time() - began) / count, asked / count
+    for _ in range(repeats):
+        for policy, method, of_one in zip(policies, methods, seconds, strict=True):
+            asked, began = 0, time.perf_counter()
+            with policy.unet.register_forward_pre_hook(note, with_kwargs=True):
+                generate_with_blocking(policy, method, prompts, seeds, setup.args)
+            of_one.append(time.perf_counter() - began)
+    return min(seconds[1]) / min(seconds[0]), asked / count
 
 
 # ---- all rows ------------------------------------------------------------------------------------

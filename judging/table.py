@@ -3,8 +3,8 @@
 A row's numbers are what systems.py keeps of each seed:
 
     {"asked": {"row": its line, ...}, "table": {file: {metric: {"value", "low", "high"}}},
-     "seconds": of training, or None, "ms": per picture, "calls": of the UNet per picture, two a
-     guided step, ...}
+     "seconds": of training, or None, "drawing": a picture's time, of the base's, "calls": of the
+     UNet per picture, two a guided step, ...}
 """
 import csv
 import io
@@ -74,11 +74,11 @@ def cells_of(rows, columns):
 
 
 def costs(seeds):
-    """(seconds to make, ms per picture, UNet calls per picture) of a row, None where unknown."""
+    """(seconds to make, time per picture, UNet calls per picture) of a row, None where unknown."""
     def mean(what):
         values = [numbers[what] for numbers in seeds]
         return None if None in values else float(np.mean(values))
-    return mean("seconds"), mean("ms"), mean("calls")
+    return mean("seconds"), mean("drawing"), mean("calls")
 
 
 def is_bases(seeds):
@@ -93,16 +93,16 @@ def as_markdown(rows, columns):
     cells = cells_of(rows, columns)
     titles = [title for title, *_ in columns if any(title in row for row in cells.values())]
     of_weights = [title for title, file, _ in columns if file in (SOFT_PROMPT, TUNED)]
-    head = ["", *titles, "training", "ms per picture", "UNet calls per picture"]
+    head = ["", *titles, "training", "time per picture, of the base's", "UNet calls per picture"]
     lines = [markdown_row(head), "|" + "---|" * len(head)]
     for name, row in cells.items():
         numbers = []
         for title in titles:
             mark = " †" if title in of_weights and is_bases(rows[name]) else ""
             numbers.append(shown(*row[title]) + mark if title in row else "–")
-        seconds, ms, calls = costs(rows[name])
+        seconds, drawing, calls = costs(rows[name])
         trained = "–" if seconds is None else f"{seconds:.0f} s"
-        lines.append(markdown_row([name, *numbers, trained, f"{ms:.0f}", f"{calls:.4g}"]))
+        lines.append(markdown_row([name, *numbers, trained, f"{drawing:.2f}", f"{calls:.4g}"]))
     if any(" †" in line for line in lines):
         lines += ["", "† against the base's weights: the row has none of its own."]
     return "\n".join(lines)
@@ -120,7 +120,8 @@ def as_csv(rows, columns):
             seeds = part["of_seeds"] if len(rows[name]) > 1 else []
             lines.writerow([name, title, files[title], metric, *numbers,
                             " ".join(str(value) for value in rounded(seeds))])
-        for title, value in zip(("training, s", "ms per picture", "UNet calls per picture"),
+        for title, value in zip(("training, s", "time per picture, of the base's",
+                                 "UNet calls per picture"),
                                 costs(rows[name]), strict=True):
             if value is not None:
                 lines.writerow([name, title, "", "", rounded(value), "", "", ""])
