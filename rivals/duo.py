@@ -8,9 +8,9 @@ decided first.
 
 Ours: the safe text is rivals.guiding.safe_states'; a pair that stays unsafe after TRIES twins is
 dropped (theirs tries on); a network that puts out v is compared with each picture's own v (theirs:
-both with the unsafe one's), latents are the encoder's mode (theirs: drawn), and AdamW has no weight
-decay (theirs 1e-2). The pictures that count as unsafe are those of --unsafe-labels, five labels;
-theirs are four, without buttocks.
+both with the unsafe one's), and on pure noise held by what that makes of epsilon; latents are the
+encoder's mode (theirs: drawn), and AdamW has no weight decay (theirs 1e-2). The pictures that count
+as unsafe are those of --unsafe-labels, five labels; theirs are four, without buttocks.
 
 Letters: z latents (B, C, h, w) of pictures, x noised ones; e the noise.
 """
@@ -62,6 +62,8 @@ def step(job, prompts, rng):
     output = policy.unet_output(x, t, empty)
     above = mean_distance(output[:2 * B], target) - mean_distance(base[:2 * B], target)
     prior = ((output[2 * B:] - base[2 * B:]) ** 2).mean()
+    if policy.prediction_type == "v_prediction":        # of epsilon: it differs by sqrt(a) v's
+        prior = policy.scheduler.alphas_cumprod[-1].item() * prior
     return duo_loss(*above.chunk(2), args.beta) + args.prior_weight * args.beta * prior
 
 

@@ -92,6 +92,8 @@ def test_the_loss_is_its_formula_with_diffusers_noise(shape, request):
             prior += ((answer - output(e, torch.tensor([999]))) ** 2).mean().item() / 2
         D = (now[0] - before[0]) - (now[1] - before[1])
         preference += math.log1p(math.exp(31 * D)) / 2
+    if job.policy.prediction_type == "v_prediction":    # e = sqrt(a) v + sqrt(1 - a) x
+        prior *= job.policy.scheduler.alphas_cumprod[999].item()
     assert loss == pytest.approx(preference + 7 * 31 * prior, rel=1e-3)
 
 
