@@ -260,8 +260,8 @@ def cost_of_a_picture(system, base, setup, file, count=16, repeats=3):
     """(time, UNet calls) per picture; the time as a multiple of the base's.
 
     Batches are drawn in turn with the base's, so that what else the machine does falls on both; of
-    each the fastest counts, by the CPU's own time where that is what draws. A guided step is two calls. The way back of a gradient is not counted
-    as calls, what is computed anew for it is.
+    each the fastest counts, by the CPU's own time where that is what draws. A guided step is two
+    calls. The way back of a gradient is not counted as calls, what is computed anew for it is.
     """
     prompts, seeds = cycle_prompts(file.prompts, count, 0)
     methods = [choose_method(one.method) for one in (base, system)]
