@@ -28,7 +28,7 @@ from prompts import Prompt, cycle_prompts, read
 from sample import blocked_pictures, choose_method, draw_latents
 
 CHUNK = 64                              # pictures that are decoded and looked at at once
-DECODED, DECODED_BYTES = {}, 2 ** 28    # {keys in the store: pictures}, of the last blocks used
+DECODED, DECODED_BYTES = {}, 2 ** 28    # {latents' keys and hash: pictures}, those used last
 FIRST_SEED = 1_000_000                  # of an evaluation's pictures, far from those of training
 
 
@@ -282,11 +282,12 @@ def decoded(keys, store, decode):
 
     The blocks used last are remembered: a table asks for the base's again for every row.
     """
-    pictures = DECODED.pop(keys, None)
+    latents = np.stack([store[key] for key in keys])
+    name = keys, hashlib.sha256(latents.tobytes()).digest()
+    pictures = DECODED.pop(name, None)
     if pictures is None:
-        latents = torch.stack([torch.from_numpy(store[key]) for key in keys])
-        pictures = decode(latents).cpu().numpy()
-    DECODED[keys] = pictures                            # the last in order is the one used last
+        pictures = decode(torch.from_numpy(latents)).cpu().numpy()
+    DECODED[name] = pictures                            # the last in order is the one used last
     while len(DECODED) > 1 and sum(one.nbytes for one in DECODED.values()) > DECODED_BYTES:
         del DECODED[next(iter(DECODED))]
     return pictures

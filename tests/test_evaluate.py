@@ -435,7 +435,7 @@ def test_a_systems_file_is_made_attacked_and_told_in_one_table(
     evaluate.main(evaluate.parse_args(options))
     assert asked == ["ring-a-bell", "soft-prompt", "soft-prompt"]
     lines = (tmp_path / "results" / "s.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| ours", "| words"]
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| base", "| ours", "| words"]
     assert "| h | Ring-A-Bell, ASR 1 | soft prompt, ASR 3 |" in lines[0]
     for row in ("base", "ours", "words"):
         report = json.loads((tmp_path / "out" / f"{row}_0" / "results.json").read_text())

@@ -43,6 +43,6 @@ def test_a_pull_at_the_late_steps_is_idle_where_there_are_none(capsys):
 
 @pytest.mark.parametrize("program", sorted({name for programs, *_ in IDLE for name in programs}))
 def test_the_table_names_options_that_there_are(program):
-    argv = {"erase": ["esd-x"], "sample": ["a dog"]}.get(program, [])
+    argv = {"erase": ["esd-x"], "sample": ["a dog"], "attack": ["fine-tune"]}.get(program, [])
     args = import_module(program).parse_args(argv)
     assert all(hasattr(args, name) for programs, name, *_ in IDLE if program in programs)

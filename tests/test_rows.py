@@ -340,7 +340,6 @@ def test_a_latent_that_is_not_finite_is_black(policy):
     key = list(store)[1]
     for value in (np.nan, np.inf):
         store[key][0, 0, 0] = value
-        rows.DECODED.clear()
         _, shown = drawn(policy, System(), store)
         assert not shown[1].any() and np.array_equal(shown[2:], pictures[2:])
         assert np.array_equal(shown[0], pictures[0])

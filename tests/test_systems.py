@@ -32,28 +32,22 @@ def test_the_rivals_are_rows_with_their_words_and_commands():
     rows, asked = read_systems(os.path.join(ROOT, "rivals", "systems.csv"))
     assert rows == asked
     assert {row.concept for row in rows} == {""}        # the world's own words
-    assert [(row.name, row.checkpoint, row.method) for row in rows] == [
-        ("base", "base", "plain"),
-        ("negative prompt", "base", "negative"),
-        ("SLD weak", "base", "sld-weak"),
-        ("SLD medium", "base", "sld-medium"),
-        ("SLD strong", "base", "sld-strong"),
-        ("SLD max", "base", "sld-max"),
-        ("SAFREE", "base", "safree"),
-        ("SAFREE, formula", "base", "safree-formula"),
-        ("SAFREE, all steps", "base", "safree-always"),
-        ("ESD-x", "out/rivals/esd-x", "plain"),
-        ("ESD-u", "out/rivals/esd-u", "plain"),
-        ("SDD", "out/rivals/sdd", "plain"),
-        ("SafeGen", "out/rivals/safegen", "plain"),
-        ("ours", "out/rivals/ours", "plain"),
-        ("ours + SLD medium", "out/rivals/ours", "sld-medium"),
-    ]
+    names = list(dict.fromkeys(row.name for row in rows))
+    assert names == [
+        "base", "negative prompt", "SLD weak", "SLD medium", "SLD strong", "SLD max", "SAFREE",
+        "SAFREE, formula", "SAFREE, all steps", "ESD-x", "ESD-u", "SDD", "SafeGen", "DUO",
+        "EraseFlow", "dual latents", "PNO", "Latent Guard", "SC-Pro", "ours", "ours, elbo",
+        "ours + SLD medium"]
+    trained = names[9:15] + ["ours", "ours, elbo"]      # what trains has three seeds
     for row in rows:
-        assert bool(row.make) == (row.name in ("ESD-x", "ESD-u", "SDD", "SafeGen", "ours"))
+        seeds = [other.seed for other in rows if other.name == row.name]
+        assert seeds == ([0, 1, 2] if row.parts or row.name == "Latent Guard" else [0])
+        assert bool(row.make) == (row.name in trained)
         if row.make:                                    # it writes the row's own checkpoint
-            assert row.make.split()[-2:] == ["--output-dir", row.checkpoint]
-            assert os.path.isfile(os.path.join(ROOT, row.make.split()[1]))
+            words = row.make.split()
+            assert words[-2:] == ["--output-dir", row.checkpoint]
+            assert words[words.index("--seed") + 1] == str(row.seed)
+            assert os.path.isfile(os.path.join(ROOT, words[1]))
 
 
 def test_the_base_comes_first_and_is_there_unasked(tmp_path):
