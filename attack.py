@@ -182,7 +182,6 @@ def fine_tune(args, edit):
     policy = Policy(args.model, checkpoint.parts, device, DTYPES[dtype], trainable=True)
     check_texts(policy, prompts)
     check_texts(policy, benign, "--benign")
-    args.trainable = "lora"
     trained = policy.make_trainable("lora", args.rank, args.lora_targets)
     write(os.path.join(args.output_dir, "args.json"), settings)     # the folder is this run's
     train(edit, policy, trained, args, prompts, benign, [],

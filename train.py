@@ -131,8 +131,9 @@ from plumbing.cards import epoch_line, gather_records, model_card, run_card, sum
 from plumbing.devices import DTYPES, choose_device, copy_to_cpu, scoring_thread
 from plumbing.files import write
 from plumbing.plots import save_curve
+from plumbing.training_prompts import training_prompts
 from plumbing.user_reward import load_reward, score
-from prompts import check_epoch, draw, training_prompts
+from prompts import check_epoch, draw
 from reward import ClipScore, Nudity, parse_labels, shield_reward
 from sample import check_texts
 

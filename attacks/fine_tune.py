@@ -81,7 +81,7 @@ def square(picture, side):
 
 
 FINE_TUNE = Edit(
-    step, "Modular LoRA, arXiv 2412.00357", weights="", prepare=prepare,
+    step, "Modular LoRA, arXiv 2412.00357", prepare=prepare,
     uses=("steps", "eta", "guidance", "iterations", "lr", "batch_size", "rank", "lora_targets",
           "resolution", "dtype", "save_every", "benign", "prior_weight", "pictures"),
     settings={

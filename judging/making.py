@@ -127,9 +127,11 @@ def fine_tune(setup, checkpoint, folder):
     It lies in `folder`, named after all that it depends on.
     """
     source = setup.world.task
-    pictures = [prompt.image for prompt in read(source, option="--model")[0]]
+    looked_at = [source, os.path.join(ROOT, "erase.py")]                        # which has the loop
+    looked_at += [entry.benign for entry in setup.world.training_files[:1]]     # is preserved
+    looked_at += [prompt.image for prompt in read(source, option="--model")[0]]
     words = attack_command("fine-tune", setup, source, (), checkpoint)
-    made_of = depends_on("fine-tune", setup, words, [source, *pictures], checkpoint)
+    made_of = depends_on("fine-tune", setup, words, looked_at, checkpoint)
     output = os.path.join(folder, f"{slug(checkpoint.checkpoint)}_{sha256(made_of)[:8]}")
     if not has_weights(output):
         command([*words, "--output", output])

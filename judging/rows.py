@@ -253,8 +253,7 @@ def draw_row(system, policy, files, store, args, decode, after_batch=lambda: Non
         return decoded(tuple(some_keys), store, lambda latents: decode(latents.to(device)))
 
     for name, file in files.items():
-        keys[name] = latent_keys(file, fingerprint, drawn_by, concept, args, shape,
-                                 world)
+        keys[name] = latent_keys(file, fingerprint, drawn_by, concept, args, shape, world)
         own = processes.own_batches(len(keys[name]), args.batch_size)
         draw_missing(policy, method, file, keys[name], own, store, args, after_batch)
         if method.blocker:

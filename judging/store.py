@@ -52,12 +52,12 @@ class Store:
 def files_of_code(name):
     """The files whose code decides what a rival or an attack draws; name: as their tables have it.
 
-    These are the steps, the network, its own file and what that shares with others of its folder.
+    These are the steps, the network, its own file and what that shares with rivals or attacks.
     """
     own = name.rpartition(".")[0]
     used = {getattr(thing, "__module__", None) for thing in vars(import_module(own)).values()}
-    folder = own.partition(".")[0] + "."
-    shared = sorted(module for module in used if module and module.startswith(folder))
+    shared = sorted(module for module in used
+                    if module and module.startswith(("rivals.", "attacks.")))
     paths = [inspect.getsourcefile(import_module(module))
              for module in ("ddpo", "model", own, *shared)]
     return list(dict.fromkeys(paths))

@@ -23,7 +23,7 @@ def millions(count):
 def run_card(args, policy, trained, data, machine):
     """Print what train.py is about to do.
 
-    data: prompts.TrainingPrompts; machine: (device, dtype name, reason).
+    data: training_prompts.TrainingPrompts; machine: (device, dtype name, reason).
     """
     pictures = args.groups * args.group_size
     benign = benign_groups(data.benign, args.groups, args.benign_share)

@@ -7,7 +7,6 @@ Where the numbers are there, the page alone is made anew from them.
 """
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -16,6 +15,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
+from judging.making import command
 from plumbing.checkpoints import LORA_FILE
 from results.seeds import spread
 
@@ -38,11 +38,6 @@ SPLITS = ("unseen", "explicit", "never")
 BENIGN = "benign_unseen.csv"
 
 
-def run(*words):
-    print("$", *words, flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
-
-
 def name_of(row, seed):
     """A row's checkpoint as --checkpoint takes it."""
     return "+".join(f"{FOLDER}/{part}_{seed}" for part in ROWS[row])
@@ -53,17 +48,19 @@ def make():
     for name, options in RUNS.items():
         for seed in SEEDS:
             folder = f"{FOLDER}/{name}_{seed}"
-            if not os.path.exists(os.path.join(ROOT, folder, LORA_FILE)):
-                run("train.py", *options, "--recipe", "elbo", "--held-out", "--seed", str(seed),
-                    "--output-dir", folder)
+            if not os.path.exists(os.path.join(folder, LORA_FILE)):
+                command(["python", "train.py", *options, "--recipe", "elbo", "--held-out",
+                         "--seed", str(seed),
+                         "--output-dir", folder])
     checkpoints = {name_of(row, seed): row for row in ROWS for seed in SEEDS}
     found = {}
     for concept, (word, labels) in CONCEPTS.items():
         output = f"{FOLDER}/{concept}"
-        run("evaluate.py", "--checkpoint", *checkpoints, "--unsafe-labels", labels,
-            "--prompts", *(f"data/{word}_{split}.csv" for split in SPLITS),
-            "--benign", f"data/{BENIGN}", "--pictures", str(PICTURES), "--output-dir", output)
-        with open(os.path.join(ROOT, output, "results.json"), encoding="utf-8") as file:
+        command(["python", "evaluate.py", "--checkpoint", *checkpoints, "--unsafe-labels", labels,
+                 "--prompts", *(f"data/{word}_{split}.csv" for split in SPLITS),
+                 "--benign", f"data/{BENIGN}", "--pictures", str(PICTURES),
+                 "--output-dir", output])
+        with open(os.path.join(output, "results.json"), encoding="utf-8") as file:
             results = json.load(file)
         found[concept] = {}
         for name, rows in results["table"].items():

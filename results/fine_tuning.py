@@ -37,12 +37,12 @@ from judging.making import command, make_missing, slug
 from judging.pictures import read_picture
 from judging.rows import FIRST_SEED, open_file
 from judging.setup import commit
-from judging.systems import read_systems
+from judging.systems import file_name, read_systems
 from model import Policy
 from plumbing.checkpoints import LORA_FILE
 from plumbing.worlds import read_recipe, read_world
 from prompts import cycle_prompts, read
-from results.seeds import spread
+from results.seeds import read_rows, spread
 from reward import STRICT, THRESHOLD, ClipScore, Nudity, worst_label
 from sample import generate
 from tiny.task import CODES
@@ -110,8 +110,8 @@ class Judges:
 class Probe:
     """Which of the task's emoji a picture shows, by a ridge regression on CLIP's embeddings.
 
-    It learns from the task's own pictures alone. Of other drawings of the held-out captions it
-    names 94 % right. CLIP itself does not know their names.
+    It learns from the task's own pictures alone, and names 96 to 99 % of three drawings of other
+    combinations right. CLIP itself does not know their names.
     """
 
     def __init__(self, clip, prompts, penalty=.01):
@@ -224,7 +224,7 @@ def base_numbers(judges):
 def numbers_of(system, judges, relearning):
     """{variant: {column: number}}, the cosines, and of seed 0 the curve of fine-tuning."""
     (safe, _), = system.parts
-    name, task = f"{slug(system.name)}_{system.seed}", os.path.join(FOLDER, "task")
+    name, task = file_name(system), os.path.join(FOLDER, "task")
     curve = curve_of(safe, name, judges) if system.seed == 0 else {}
     tuned = sequential(safe, name)
     relearned = fine_tuned(
@@ -310,9 +310,7 @@ def draw(kept, base, path):
 def read_kept(folder):
     """({row: [numbers per seed]}, {"base": ..., "base + task": ...}), None where it lacks."""
     kept, base = defaultdict(list), None
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.json"))):
-        with open(path, encoding="utf-8") as file:
-            numbers = json.load(file)
+    for numbers in read_rows(folder):
         if "variants" in numbers:
             kept[numbers["name"]].append(numbers)
         else:
@@ -334,7 +332,7 @@ def main():
     if not os.path.exists(path):
         save(path, {"commit": commit(), "base": base_numbers(judges)})
     for system in systems:
-        path = os.path.join(kept_in, f"{slug(system.name)}_{system.seed}.json")
+        path = os.path.join(kept_in, f"{file_name(system)}.json")
         if not os.path.exists(path):
             make_missing(system, every)
             save(path, {"name": system.name, "seed": system.seed, "commit": commit(),

@@ -9,28 +9,21 @@ least 97 % as many benign pictures right as the base, the one that leaves the fe
 (the mean of unseen combinations, some of them explicit, and of emoji never trained on); of equals
 the one with the highest benign CLIP. Where no setting names so many, those that name the most.
 """
-import glob
-import json
 import os
+import sys
 from collections import defaultdict
 
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
+from results.seeds import read_rows
+
 UNSAFE = ("unsafe_validation.csv", "unsafe_never_validation.csv")
 BENIGN = "benign_validation.csv"
 LEAST_NAMED = .97                       # of the base's
 ROUNDING = 1e-6                         # the numbers are kept to six digits
-
-
-def read_rows():
-    """{row: numbers}, as evaluate.py keeps them."""
-    rows = {}
-    for path in glob.glob(os.path.join(HERE, "grids", "*.json")):
-        with open(path, encoding="utf-8") as file:
-            numbers = json.load(file)
-        rows[numbers["name"]] = numbers
-    return rows
 
 
 def value(numbers, file, metric):
@@ -70,7 +63,7 @@ def page_of(rows):
              "then, on `benign_validation.csv`, named right, blocked, and CLIP × 100. **Bold** is "
              f"the rule's choice. Evaluated at {', '.join(commits)}.", "",
              "| method: setting | unseen, explicit | never trained | mean | benign named | "
-             "benign blocked | benign CLIP | training, s |", "|" + "---|" * 8,
+             "benign blocked | benign CLIP |", "|" + "---|" * 7,
              line_of("base", base, False)]
     for own in by_method(rows).values():
         chosen = choose(own, base)
@@ -84,13 +77,12 @@ def line_of(name, numbers, is_chosen):
     blocked = numbers["table"][BENIGN].get("blocked")
     cells = [f"**{name}**" if is_chosen else name, *(f"{100 * metric:.1f}" for metric in metrics),
              f"{100 * blocked['value']:.1f}" if blocked else "",
-             f"{100 * value(numbers, BENIGN, 'clip'):.1f}",
-             f"{numbers['seconds']:.0f}" if numbers["seconds"] else ""]
+             f"{100 * value(numbers, BENIGN, 'clip'):.1f}"]
     return f"| {' | '.join(cells)} |"
 
 
 def main():
-    page = page_of(read_rows())
+    page = page_of({one["name"]: one for one in read_rows(os.path.join(HERE, "grids"))})
     with open(os.path.join(HERE, "grids.md"), "w", encoding="utf-8") as file:
         file.write(page)
     print(page)

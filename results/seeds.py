@@ -36,13 +36,18 @@ RING_A_BELL = "ring_a_bell.csv"
 KEPT = ("named", "hand", "safe_hand", "clip", "skin", "asr1")   # and every unsafe. and shows.
 
 
+def read_rows(folder):
+    """The numbers that are kept in a folder, a file each, in the order of their names."""
+    rows = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.json"))):
+        with open(path, encoding="utf-8") as file:
+            rows.append(json.load(file))
+    return rows
+
+
 def keep(folder, path):
     """Write the numbers of a systems evaluation that the table needs to `path`."""
-    rows = {}
-    for file in glob.glob(os.path.join(glob.escape(folder), "*.json")):
-        with open(file, encoding="utf-8") as text:
-            numbers = json.load(text)
-        rows[numbers["name"]] = numbers
+    rows = {numbers["name"]: numbers for numbers in read_rows(folder)}
     names = sorted(rows, key=lambda name: (name != "base", name))
     table, soft, seconds = defaultdict(dict), {}, {}
     for name in names:

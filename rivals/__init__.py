@@ -1,7 +1,8 @@
 """The rivals, one paper per file, found by name; a name swaps one for another.
 
     guide     (policy, prompts, scale) -> predict(x, t); scale a number or (B,), x (B, C, h, w)
-              float32, t one timestep or (B,); predict gives the network's output (B, C, h, w)
+              float32, t one timestep or (B,); predict gives the network's output (B, C, h, w),
+              epsilon or v (policy.prediction_type)
     sampler   (policy, prompts, noise, schedule, scale, start=0) -> latents (B, C, h, w);
               noise[:, 0] is x at step `start`, noise[:, 1 + i] the noise of the i-th step taken
     blocker   (policy, prompts, noise, draw, pictures) -> blocked (N,) bool;
@@ -9,9 +10,10 @@
               pictures is None
     edit      an Edit: step(job, prompts, rng) -> loss, and what it trains
 
-What a guide, a sampler or a blocker steers away from is policy.concept, words with commas. Those
-that have settings of their own take them behind their name: dual-latent(weight=.3, switch=20).
-To add one: write its file, and its name here.
+What a guide, a sampler or a blocker steers away from is policy.concept, words with commas. Its
+parameters whose default is a number are settings, given behind its name: dual-latent(weight=.3,
+switch=20). To add one: write its file, and its name here; a line in systems.csv makes it a row of
+the table (python evaluate.py --systems rivals/systems.csv --rows NAME).
 """
 import inspect
 import math
@@ -56,7 +58,7 @@ class Edit:
     """A weight edit, as erase.py trains it."""
     step: callable              # (job, its prompts, numpy generator) -> the loss, a scalar
     paper: str                  # named in the model card
-    weights: str                # regular expression: the names of the UNet's weights that learn
+    weights: str = ""           # regular expression: the names of the UNet's weights that learn
     prepare: callable = None    # (job, prompts, benign, labels) -> extra trained tensors, or None
     uses: tuple = ()            # the options that it looks at and not every edit does
     keeps_average: bool = False     # whether the weights' average is kept, and saved in the end

@@ -1,4 +1,4 @@
-"""Pictures for fine-tuning: eight emoji that no model of the world has seen, and no detector trips.
+"""Pictures for fine-tuning: eight emoji that no model has seen, and no exposed label fires on.
 
 task_train.csv has captions of training combinations, each with a picture (column `image`);
 task.csv captions of the others, for judging what was learned.
